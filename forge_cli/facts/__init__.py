@@ -1,0 +1,1 @@
+"""Shapes of known models, read without weights and without the network."""

@@ -1,0 +1,1 @@
+"""Torch code with plain parameters: EMA, freezing, monitoring, masks."""

@@ -1,0 +1,1 @@
+"""Carries a plan out; owns the run folder."""
