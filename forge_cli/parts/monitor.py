@@ -1,0 +1,263 @@
+"""Watches a run: every step's loss and gradient norm, norms per layer, alarms, and a stop before a bad update.
+
+What is measured stays on the device until a logging step reads all of it at once. The one exception is the question
+whether the gradient is finite, which has to be answered before each optimizer step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from forge_cli.errors import DivergedError
+from forge_cli.parts.layers import ParameterGroups
+
+Record = dict[str, object]
+
+
+def measure_norms(groups: ParameterGroups) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measures the gradient norm of every trainable parameter, without a host sync.
+
+    Args:
+        groups: The trainable parameters. One without a gradient counts as 0.
+
+    Shapes:
+        Returns ``norms [P]`` in float32, in the order of ``groups.names``, and their 2-norm ``total []``.
+    """
+    gradients = [p.grad for p in groups.parameters if p.grad is not None]
+    if not gradients:
+        zeros = torch.zeros(len(groups.parameters))
+        return zeros, zeros.sum()
+    device = gradients[0].device
+    norms = torch.zeros(len(groups.parameters), device=device)
+    places = [place for place, p in enumerate(groups.parameters) if p.grad is not None]
+    measured = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients)])
+    norms[torch.tensor(places, device=device)] = measured
+    return norms, torch.linalg.vector_norm(norms)
+
+
+class MonitorCallback(TrainerCallback):
+    """Records every optimizer step and stops the run before a non-finite update.
+
+    With a plain ``transformers.Trainer`` it sees gradients after clipping and losses when they are logged; inside
+    Forge's own trainer it is handed each micro step's loss and each step's norms before clipping.
+
+    Args:
+        check_gradients: Record norms per layer group and look for tensors without gradient.
+        spike_ratio: Alarm when a loss exceeds this many times the running median; ``None`` raises no alarms at all.
+        spike_window: Steps the median looks back; no spike alarm before it is full.
+        metrics_path: JSON-lines file to append to; ``None`` keeps records in memory only.
+        on_record: Called with every record, in order.
+    """
+
+    def __init__(
+        self,
+        check_gradients: bool = True,
+        *,
+        spike_ratio: float | None = 3.0,
+        spike_window: int = 50,
+        metrics_path: Path | None = None,
+        on_record: Callable[[Record], None] | None = None,
+    ) -> None:
+        self.check_gradients = check_gradients
+        self.spike_ratio = spike_ratio
+        self.metrics_path = metrics_path
+        self.on_record = on_record
+        self.records: list[Record] = []
+        self.alarms: list[Record] = []
+        self.num_tokens = 0
+        self._groups: ParameterGroups | None = None
+        self._recent_losses: deque[float] = deque(maxlen=spike_window)
+        self._pending: list[dict] = []
+        self._step_loss: torch.Tensor | None = None
+        self._step_norms: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._step_rows: list[int] = []
+        self._step_tokens = 0
+        self._last_time = 0.0
+
+    # What Forge's trainer hands over --------------------------------------------------------------------------
+
+    def record_micro_step(self, loss: torch.Tensor, rows: Sequence[int], num_tokens: int) -> None:
+        """Takes one micro step's share of the step's loss ``[]``, its data rows and its real (unpadded) tokens."""
+        self._step_loss = loss.detach() if self._step_loss is None else self._step_loss + loss.detach()
+        self._step_rows.extend(rows)
+        self._step_tokens += num_tokens
+
+    def measure_step(self) -> torch.Tensor:
+        """Measures the gradient norms before clipping and returns the global norm ``[]``."""
+        self._step_norms = measure_norms(self._groups)
+        return self._step_norms[1]
+
+    # What the Trainer calls -----------------------------------------------------------------------------------
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Turns the NaN filter off (it shows NaN as 0) and notes which parameters are trained."""
+        args.logging_nan_inf_filter = False
+        self._groups = ParameterGroups(model)
+        self._last_time = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Stops before the update if the loss or the gradient is not finite.
+
+        Raises:
+            DivergedError: It is not; names the step, the tensors and the rows.
+        """
+        step = state.global_step + 1
+        norms, total = self._step_norms or measure_norms(self._groups)
+        if step == 1 and self.check_gradients:
+            self._check_missing_gradients(step)
+        loss = self._step_loss
+        probe = total if loss is None else total + loss.to(total.device)
+        # A gradient scaler expects overflows and skips those steps itself.
+        scaler = getattr(optimizer, "scaler", None)
+        if not torch.isfinite(loss if scaler is not None and loss is not None else probe):
+            self._stop(step, norms, loss)
+        self._pending.append({"step": step, "loss": loss, "norms": norms, "total": total, "tokens": self._step_tokens})
+        self._step_loss = self._step_norms = None
+        self._step_rows = []
+        self._step_tokens = 0
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        """Notes time and learning rate, which cost nothing to read."""
+        if self._pending:
+            now = time.perf_counter()
+            self._pending[-1]["seconds"] = now - self._last_time
+            self._last_time = now
+            if lr_scheduler is not None:
+                self._pending[-1]["learning_rate"] = lr_scheduler.get_last_lr()[0]
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Reads everything measured since the last log line: the one host sync."""
+        self.flush()
+        loss = (logs or {}).get("loss")
+        if isinstance(loss, float) and not math.isfinite(loss):
+            raise DivergedError(f"the loss logged at step {state.global_step} is {loss}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Reads what is left."""
+        self.flush()
+
+    # Reading and judging --------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Moves all pending measurements to the host in one transfer, judges and writes them."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        device = pending[0]["total"].device
+        blank = torch.full((), math.nan, device=device)
+        columns = [
+            torch.stack([p["total"], blank if p["loss"] is None else p["loss"].to(device, torch.float32)])
+            for p in pending
+        ]
+        group_norms = None
+        if self.check_gradients:
+            squares = torch.stack([p["norms"] for p in pending]) ** 2
+            index = self._groups.index.to(device)
+            group_norms = torch.zeros(len(pending), len(self._groups.labels), device=device)
+            columns.append(group_norms.index_add_(1, index, squares).sqrt().flatten())
+        flat = torch.cat([column.flatten() for column in columns]).tolist()
+        for place, entry in enumerate(pending):
+            total, loss = flat[2 * place : 2 * place + 2]
+            record: Record = {"step": entry["step"], "loss": loss if entry["loss"] is not None else None}
+            record["grad_norm"] = total
+            record["learning_rate"] = entry.get("learning_rate")
+            seconds = entry.get("seconds") or 0.0
+            record["seconds"] = round(seconds, 6)
+            record["tokens"] = entry["tokens"]
+            record["tokens_per_second"] = round(entry["tokens"] / seconds, 1) if seconds else None
+            self.num_tokens += entry["tokens"]
+            if self.check_gradients and place == len(pending) - 1:
+                width = len(self._groups.labels)
+                start = 2 * len(pending) + place * width
+                record["group_norms"] = dict(zip(self._groups.labels, flat[start : start + width], strict=True))
+                record["peak_memory_bytes"] = peak_memory_bytes()
+            self._write(record)
+            self._judge(entry["step"], record["loss"], total)
+
+    def _judge(self, step: int, loss: object, total: float) -> None:
+        """Raises the alarms that need values; the running median never contains a spike's own value."""
+        if self.spike_ratio is None:
+            return
+        if total == 0:
+            self._alarm(step, "zero_gradient", "the gradient norm is exactly 0: nothing is learned")
+        if not isinstance(loss, float) or not math.isfinite(loss):
+            return
+        if loss == 0:
+            self._alarm(step, "zero_loss", "the loss is exactly 0: are all labels masked?")
+        if len(self._recent_losses) == self._recent_losses.maxlen:
+            median = statistics.median(self._recent_losses)
+            if loss > self.spike_ratio * median:
+                text = f"the loss {loss:.4g} is {loss / median:.1f} times its running median {median:.4g}"
+                self._alarm(step, "spike", text)
+        self._recent_losses.append(loss)
+
+    def _check_missing_gradients(self, step: int) -> None:
+        missing = [name for name, p in zip(self._groups.names, self._groups.parameters, strict=True) if p.grad is None]
+        if missing and self.spike_ratio is not None:
+            shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            self._alarm(step, "no_gradient", f"{len(missing)} trainable tensors got no gradient: {shown}")
+
+    def _stop(self, step: int, norms: torch.Tensor, loss: torch.Tensor | None) -> None:
+        self.flush()
+        bad = [name for name, norm in zip(self._groups.names, norms.tolist(), strict=True) if not math.isfinite(norm)]
+        rows = sorted(set(self._step_rows))
+        value = "unknown" if loss is None else f"{loss.item():g}"
+        self._write({"step": step, "diverged": True, "loss": value, "rows": rows, "tensors": bad[:20]})
+        where = f"rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''}" if rows else ""
+        named = f"; first tensor: {bad[0]}" if bad else ""
+        raise DivergedError(
+            f"step {step}: the loss is {value} and {len(bad)} of {len(norms)} gradients are not finite{named}",
+            where=where,
+            why="the update was not made, and the weights are those of the step before",
+            fix="look at these rows (forge trains them in this batch), lower training.learning_rate, or use "
+            "training.precision: bf16 or fp32",
+        )
+
+    def _alarm(self, step: int, kind: str, message: str) -> None:
+        record: Record = {"step": step, "alarm": kind, "message": message}
+        self.alarms.append(record)
+        self._write(record)
+
+    def _write(self, record: Record) -> None:
+        self.records.append(record)
+        if self.metrics_path is not None:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({k: _as_json(v) for k, v in record.items()}) + "\n")
+        if self.on_record is not None:
+            self.on_record(record)
+
+
+def peak_memory_bytes() -> int:
+    """Returns the peak of the GPU's allocated memory, or of this process's resident memory without a GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Returns (all, trainable) parameters; a packed 4-bit tensor counts its unpacked elements."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = math.prod(state.shape) if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return total, trainable
+
+
+def _as_json(value: object) -> object:
+    """JSON has no NaN; a lost value is written as text rather than as an invalid file."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
