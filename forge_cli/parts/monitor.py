@@ -148,6 +148,12 @@ class MonitorCallback(TrainerCallback):
         """Reads what is left."""
         self.flush()
 
+    def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Takes the losses of an evaluation, raw and averaged."""
+        self.flush()
+        losses = {key: metrics.get(key) for key in ("eval_loss", "eval_ema_loss")}
+        self._write({"step": step, **losses, "eval_seconds": metrics.get("eval_runtime")})
+
     # Reading and judging --------------------------------------------------------------------------------------
 
     def flush(self) -> None:

@@ -1,0 +1,127 @@
+"""The ``forge`` command: which commands there are, and how failures become text and an exit code."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from forge_cli.cli.group import LazyGroup, build_command, build_group
+from forge_cli.errors import ForgeError
+from forge_cli.version import __version__
+
+# Each module holds FUNCTIONS, from command name to function. It is imported when its command is called, so that
+# `forge --help` pays for none of them.
+COMMANDS = {
+    "train": ("forge_cli.cli.train", "Carry out a run file."),
+    "config": ("forge_cli.cli.config", "Show, explain and check run files."),
+    "presets": ("forge_cli.cli.presets", "Starting values, each with its reason."),
+    "recipes": ("forge_cli.cli.recipes", "Complete run files to start from."),
+    "models": ("forge_cli.cli.models", "Models whose shape is known without loading them."),
+}
+
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+
+
+class RootGroup(LazyGroup):
+    """The top group: it imports a command's module when that command is called."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = dict.fromkeys(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Imports the module and builds its command or group; None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        import importlib
+
+        module, summary = COMMANDS[cmd_name]
+        functions = importlib.import_module(module).FUNCTIONS
+        if list(functions) == [cmd_name]:
+            return build_command(cmd_name, functions[cmd_name])
+        return build_group(cmd_name, summary, functions)
+
+    def list_summaries(self) -> list[tuple[str, str]]:
+        """Lists names and summaries without importing a module."""
+        return [(name, summary) for name, (_, summary) in COMMANDS.items()]
+
+
+app = typer.Typer(
+    cls=RootGroup, add_completion=False, rich_markup_mode=None, no_args_is_help=True, pretty_exceptions_enable=False
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"forge {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def forge(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")] = False,
+) -> None:
+    """Fine-tune language models from one YAML run file."""
+
+
+def run_app(arguments: list[str] | None = None) -> None:
+    """Runs the command line and ends the process.
+
+    This is the only place where an exception becomes text and an exit code. Results go to stdout, everything
+    else to stderr.
+
+    Args:
+        arguments: What follows ``forge``; default: the process's own arguments.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments  # accepted in any place: it is typed last, after a failure
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(args=arguments, prog_name="forge", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (head, less) has had enough; the interpreter must not try to flush again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except KeyboardInterrupt:
+        print("error: stopped by the user", file=sys.stderr)
+        code = 130
+    except Exception as error:
+        code = _report_failure(error, debug)
+    if not gc.isenabled():
+        gc.freeze()  # a quick command: looking for garbage once more at the end would take a tenth of its time
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_failure(error: Exception, debug: bool) -> int:
+    """Writes a failure to stderr and returns its exit code."""
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, ForgeError):
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(error, UsageError):
+        message = error.format_message()
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: the help is the answer
+            print(message, file=sys.stderr)
+            return 2
+        where = f"; type `{context.command_path} --help`" if context is not None else ""
+        print(f"error: {message.rstrip('.')}{where}", file=sys.stderr)
+        return 2
+    if isinstance(error, typer.Abort):
+        print("error: stopped by the user", file=sys.stderr)
+        return 130
+    hint = "" if debug else "; run it again with --debug for the traceback, and report it"
+    print(f"internal error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+    return 1

@@ -1,0 +1,136 @@
+"""Contradictions about weights: quantisation, LoRA, freezing, number formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from forge_cli.resolve.freezing import count_frozen_layers, read_share
+from forge_cli.resolve.scene import Clash, Scene
+from forge_cli.resolve.wording import show
+
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
+
+
+def refuse_quantised_training(scene: Scene) -> Iterator[Clash]:
+    """Quantised weights cannot be trained, only adapters on top of them."""
+    spec = scene.spec
+    if spec.quantization is not None and spec.lora is None:
+        what = f"{spec.quantization.bits}-bit weights cannot be trained, and there are no adapters"
+        fix = "add lora: {}, or write quantization: null"
+        yield Clash(("quantization", "lora", "quantization.bits"), what, fix)
+
+
+def check_freeze(scene: Scene) -> Iterator[Clash]:
+    """A freeze section freezes something, and leaves something."""
+    freeze, facts = scene.spec.freeze, scene.facts
+    if freeze is None:
+        return
+    if freeze.first is None and not freeze.embeddings and not freeze.patterns:
+        yield Clash(
+            ("freeze", "freeze.first", "freeze.embeddings", "freeze.patterns"),
+            "the freeze section freezes nothing",
+            'write first: "50%" below it, or freeze: null',
+        )
+    if "*" in freeze.patterns:
+        yield Clash(("freeze.patterns",), 'the pattern "*" freezes the whole model', "name the modules to freeze")
+    if freeze.first is None:
+        return
+    if (fault := _find_fault_in_first(freeze.first)) is not None:
+        yield Clash(("freeze.first",), fault, 'write a count (16) or a share ("50%")')
+    elif facts is not None:
+        yield from _check_frozen_count(freeze.first, facts.num_hidden_layers)
+
+
+def _find_fault_in_first(first: int | str) -> str | None:
+    """Says what is wrong with ``freeze.first`` itself; ``None`` if nothing is."""
+    if isinstance(first, int):
+        return None if first >= 1 else f"{first} layers cannot be frozen; the least is 1"
+    if read_share(first) is not None:
+        return None
+    if first.endswith("%"):
+        return f"{show(first)} is not a share between 0% and 100%; 100% would leave no layer to train"
+    return f"{show(first)} is neither a count nor a share"
+
+
+def _check_frozen_count(first: int | str, num_layers: int) -> Iterator[Clash]:
+    paths = ("freeze.first", "model.name")
+    frozen = count_frozen_layers(first, num_layers)
+    if isinstance(first, int) and first > num_layers:
+        yield Clash(paths, f"{first} layers to freeze, but the model has {num_layers}", f"write at most {num_layers - 1}")
+    elif frozen >= num_layers:
+        what = f"all {num_layers} layers of the model are frozen; nothing is left to train"
+        yield Clash(paths, what, f"write at most {num_layers - 1}")
+    elif frozen == 0:
+        yield Clash(paths, f"{first} of {num_layers} layers is less than one layer", "freeze more, or write a count")
+
+
+def check_frozen_embeddings(scene: Scene) -> Iterator[Clash]:
+    """With LoRA the embeddings are frozen anyway, unless they are among ``modules_to_save``."""
+    freeze, lora = scene.spec.freeze, scene.spec.lora
+    if freeze is None or lora is None or freeze.embeddings is None:
+        return
+    paths = ("freeze.embeddings", "lora", "lora.modules_to_save")
+    trained = [name for name in lora.modules_to_save if name.rpartition(".")[2] in _EMBEDDINGS]
+    if freeze.embeddings and trained:
+        what = f"the embeddings are frozen here and trained by lora.modules_to_save ({', '.join(trained)})"
+        yield Clash(paths, what, "keep one of them")
+    elif not trained:
+        fix = "remove the line" if freeze.embeddings else "to train them, write lora: {modules_to_save: [embed_tokens]}"
+        yield Clash(paths, "has no effect: with lora the embeddings are frozen anyway", fix)
+
+
+def check_lora_targets(scene: Scene) -> Iterator[Clash]:
+    """The target list names something, and nothing that adapters do not reach."""
+    lora = scene.spec.lora
+    if lora is None or isinstance(lora.target_modules, str):
+        return
+    paths = ("lora.target_modules",)
+    if not lora.target_modules:
+        yield Clash(paths, "the list is empty, so nothing gets an adapter", "write all-linear, or name the layers")
+    if any(name.rpartition(".")[2] == "lm_head" for name in lora.target_modules):
+        yield Clash(
+            paths,
+            "lm_head cannot carry an adapter",
+            "remove it; to train it whole, write lora: {modules_to_save: [lm_head]}",
+            why="the fused loss multiplies with lm_head's own weight and would skip the adapter",
+        )
+    both = sorted(set(lora.target_modules) & set(lora.modules_to_save))
+    if both:
+        what = f"{', '.join(both)} would be trained whole and carry an adapter too"
+        yield Clash((*paths, "lora.modules_to_save"), what, "name each module in one of the lists")
+
+
+def check_lora_start(scene: Scene) -> Iterator[Clash]:
+    """An orthogonal start splits the rank in two halves."""
+    lora = scene.spec.lora
+    if lora is not None and lora.init_lora_weights == "orthogonal" and lora.r % 2:
+        what = f"an orthogonal start needs an even rank; r is {lora.r}"
+        yield Clash(("lora.init_lora_weights", "lora.r"), what, f"write r: {lora.r + 1}, or another start")
+
+
+def check_number_formats(scene: Scene) -> Iterator[Clash]:
+    """Weights that are trained keep their small updates only in float32 or bfloat16."""
+    spec = scene.spec
+    if spec.lora is not None:
+        return
+    dtype, precision = spec.model.dtype, spec.training.precision
+    if dtype == "float16":
+        what = "float16 weights cannot be trained"
+        what += " with fp16 mixed precision: it needs float32 weights" if precision == "fp16" else ""
+        why = "updates smaller than a float16 step are lost, and gradients overflow"
+        paths = ("model.dtype", "lora", "training.precision")
+        yield Clash(paths, what, "write model.dtype: auto (float32 weights), or bfloat16, or add lora: {}", why)
+    elif dtype == "bfloat16" and precision == "fp16":
+        what = "bfloat16 weights with fp16 mixed precision"
+        fix = "write precision: bf16, or model.dtype: auto"
+        yield Clash(("training.precision", "model.dtype", "lora"), what, fix, why="the loss scaler works on float32 weights")
+
+
+WEIGHT_RULES = (
+    refuse_quantised_training,
+    check_freeze,
+    check_frozen_embeddings,
+    check_lora_targets,
+    check_lora_start,
+    check_number_formats,
+)

@@ -1,0 +1,39 @@
+"""Which names are files, folders, hub names or shipped with Forge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from forge_cli.paths import assets_root
+
+DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+EMBEDDED_MODEL = "forge-tiny"
+EMBEDDED_PREFIX = "forge:"
+_PATH_STARTS = ("./", "../", "/", "~")
+
+
+def is_data_file(name: str) -> bool:
+    """Tells whether a data name means a local file rather than a hub data set; it need not exist."""
+    return name.startswith(_PATH_STARTS) or name.lower().endswith(DATA_SUFFIXES)
+
+
+def is_embedded_data(name: str) -> bool:
+    """Tells whether a data name means data that ships with Forge (``forge:quickstart/train``)."""
+    return name.startswith(EMBEDDED_PREFIX)
+
+
+def find_embedded_data(name: str) -> Path | None:
+    """Returns the file behind ``forge:NAME``; ``None`` if there is none."""
+    inner = name.removeprefix(EMBEDDED_PREFIX)
+    return next((path for known, path in list_embedded_data().items() if known == inner), None)
+
+
+def list_embedded_data() -> dict[str, Path]:
+    """Returns the data that ships with Forge: name after ``forge:`` to file."""
+    root = assets_root()
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.glob("*/*.jsonl"))}
+
+
+def is_model_folder(name: str) -> bool:
+    """Tells whether a model name means a local folder; it exists, or is written like a path."""
+    return name.startswith(_PATH_STARTS) or Path(name).is_dir()

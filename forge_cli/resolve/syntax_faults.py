@@ -1,0 +1,75 @@
+"""Syntax errors of PyYAML in plain words: where, what stands there, and what to write instead."""
+
+from __future__ import annotations
+
+import yaml
+
+from forge_cli.errors import Problem
+from forge_cli.resolve.wording import printable, shorten
+
+_SPACES_INSTEAD = "use spaces"
+_PLAIN = {
+    "did not find expected ',' or ']'": ("a [ is not closed", "close it with ]; separate items with commas"),
+    "did not find expected ',' or '}'": ("a { is not closed", "close it with }; separate settings with commas"),
+    "found unexpected end of stream": ("a quote is not closed", "close it"),
+    "found unknown escape character": (
+        "an unknown escape in double quotes",
+        "use single quotes, or double the backslash",
+    ),
+    "did not find expected key": ("this line does not fit the lines above", "indent it like its neighbours"),
+    "did not find expected '-' indicator": ("a list and settings are mixed here", "indent items alike, each with a -"),
+    "could not find expected ':'": ("a key without a colon", "write key: value"),
+    "did not find expected alphabetic or numeric character": ("* and & start an alias or an anchor", ""),
+}
+
+
+def explain_syntax(error: yaml.YAMLError, text: str, file: str) -> Problem:
+    """Turns a syntax error into a located problem.
+
+    Args:
+        error: What PyYAML raised.
+        text: The text it was reading.
+        file: Name of the file.
+
+    Returns:
+        The problem; ``where`` holds line and column when PyYAML knows them.
+    """
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    said = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if mark is None:
+        return Problem(file, "", f"not YAML: {printable(said)}")
+    lines = text.splitlines() or [""]
+    row = min(mark.line, len(lines) - 1)
+    line = lines[row]
+    column = mark.column if mark.line < len(lines) else len(line)
+    what, fix = _explain(said, line, column)
+    context = getattr(error, "context_mark", None)
+    if context is not None and context.line != mark.line and "not closed" in what:
+        what += f" (opened on line {context.line + 1})"
+    return Problem(f"{file}:{row + 1}:{column + 1}", "", what, fix=fix)
+
+
+def _explain(said: str, line: str, column: int) -> tuple[str, str]:
+    """Returns what is wrong and how to mend it, from PyYAML's words and the line they are about."""
+    rest = line[column:]
+    if "\t" in line[: len(line) - len(line.lstrip())] or rest.startswith("\t"):
+        return "tabs are not allowed for indentation", _SPACES_INSTEAD
+    if "cannot start any token" in said and rest:
+        return f"a value cannot start with {rest[0]}", _quote(rest)
+    if "mapping values are not allowed" in said:
+        if ": " in line[:column].strip() or ":" in line[:column].rstrip().rstrip(":"):
+            value = line.split(": ", 1)[-1]
+            return "a second colon in one line", f"if it is part of the value, {_quote(value)}"
+        return "this line is indented deeper than the value above allows", "indent it like its neighbours"
+    for words, (what, fix) in _PLAIN.items():
+        if words in said:
+            return what, fix or _quote(line[max(column - 1, 0) :] if line[column - 1 : column] in "*&" else rest)
+    return f"not YAML: {printable(said)}", ""
+
+
+def _quote(value: str) -> str:
+    cleaned = value.split(" #")[0].strip().rstrip(",")
+    for opening, closing in ("[]", "{}"):
+        cleaned = cleaned.removesuffix(closing) if opening not in cleaned else cleaned
+    mark = "'" if "\\" in cleaned or '"' in cleaned else '"'
+    return f"quote it: {mark}{shorten(cleaned)}{mark}" if cleaned else "quote it"

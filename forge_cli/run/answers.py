@@ -1,0 +1,101 @@
+"""Generates answers before and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from forge_cli.errors import DataError
+from forge_cli.schema.training import ReportSection
+
+BATCH_ROWS = 32
+
+
+def generate_answers(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
+    """Answers rendered prompts greedily, in batches padded on the left.
+
+    Args:
+        model: A causal language model; it is put into evaluation mode and back.
+        tokenizer: Its tokenizer.
+        prompts: Rendered prompts that hold their special tokens already.
+        max_new_tokens: Longest answer.
+
+    Returns:
+        The answers in order, without special tokens and outer white space.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    was_training, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"
+    try:
+        for start in range(0, len(order), BATCH_ROWS):
+            chosen = order[start : start + BATCH_ROWS]
+            batch = [prompts[i] for i in chosen]
+            for i, answer in zip(chosen, _answer_batch(model, tokenizer, batch, max_new_tokens), strict=True):
+                answers[i] = answer
+    finally:
+        tokenizer.padding_side = side
+        model.train(was_training)
+    return answers
+
+
+@torch.inference_mode()
+def _answer_batch(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[str]:
+    """Answers one batch. Shapes: ``input_ids [B, T]``, output ``[B, T + new]``."""
+    # A chat template writes its own begin token; a plain prompt needs the tokenizer's.
+    add_special = not tokenizer.chat_template
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=add_special).to(model.device)
+    output = model.generate(
+        input_ids=encoded["input_ids"],
+        attention_mask=encoded["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_end_tokens(model, tokenizer),
+    )
+    new = output[:, encoded["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+def _end_tokens(model, tokenizer) -> list[int]:
+    """Collects the end tokens of the tokenizer and of the model's generation settings."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    ids = ids if isinstance(ids, list) else [ids]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def collect_prompts(report: ReportSection | None, questions: Sequence, tokenizer) -> list[dict]:
+    """Chooses what is asked before and after: all evaluation rows for an exact match, else the first samples.
+
+    Returns:
+        Entries with ``prompt`` (rendered), ``shown``, ``wanted`` (``None`` for the file's own prompts).
+
+    Raises:
+        DataError: An exact match is asked for and no evaluation row has an answer.
+    """
+    if report is None:
+        return []
+    if report.exact_match and not questions:
+        raise DataError("report.exact_match: no evaluation row has a question and an answer", fix="use other rows")
+    chosen = questions if report.exact_match else questions[: report.samples]
+    entries = [{"prompt": q.prompt, "shown": q.shown, "wanted": q.wanted} for q in chosen]
+    for text in report.prompts:
+        prompt = text
+        if tokenizer.chat_template:
+            turns = [{"role": "user", "content": text}]
+            prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        entries.append({"prompt": prompt, "shown": text, "wanted": None})
+    return entries
+
+
+def exact_match_ratio(entries: Sequence[dict], answers: Sequence[str]) -> float | None:
+    """Returns the share of wanted answers that were given to the letter (0 to 1); ``None`` without any."""
+    pairs = [(e["wanted"], a) for e, a in zip(entries, answers, strict=True) if e["wanted"] is not None]
+    return sum(wanted == answer for wanted, answer in pairs) / len(pairs) if pairs else None

@@ -1,0 +1,221 @@
+"""Carries out one plan: the table of contents of a fine-tuning run.
+
+Nothing above :func:`_train` imports torch; everything that can be wrong in the run file has been said by then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
+from forge_cli.run.folder import RunFolder, create_run_folder
+from forge_cli.run.process import library_logs, prepare_process, translated_errors
+from forge_cli.run.reporter import PlainReporter, Reporter
+
+if TYPE_CHECKING:
+    from forge_cli.build.data import PreparedData
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind.
+
+    Attributes:
+        folder: The run folder.
+        weights: Folder of the adapter or the model.
+        report: Content of ``report.json``.
+    """
+
+    folder: Path
+    weights: Path
+    report: dict
+
+
+def train(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> RunResult | None:
+    """Trains what a run file says.
+
+    Args:
+        path: The run file.
+        overrides: ``path=value`` settings above it.
+        dry_run: Do everything that needs no torch, say it, and stop.
+        overwrite: Delete an earlier run of the same name.
+        reporter: Receives progress; plain lines on stderr by default.
+
+    Returns:
+        What was made; ``None`` for a dry run.
+
+    Raises:
+        ForgeError: Of any kind; its exit code tells which.
+    """
+    plan = resolve_plan(path, overrides)
+    reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
+    for warning in plan.derived.warnings:
+        reporter.say(f"note: {warning}")
+    if dry_run:
+        return None
+    return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=path.stem)
+
+
+def train_plan(plan: Plan, *, overwrite: bool = False, reporter: Reporter | None = None, stem: str = "run") -> RunResult:
+    """Trains a resolved plan (see :func:`train`)."""
+    reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
+    spec = plan.spec
+    folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
+    reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
+    if note := prepare_process():
+        reporter.say(note)
+    with translated_errors(folder.log):
+        reporter.say("loading torch and transformers ...")
+        with library_logs(folder.log):
+            try:
+                return _train(plan, folder, reporter)
+            finally:
+                reporter.finish()
+
+
+def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
+    from forge_cli.backend.sft import build_trainer, build_training_args
+    from forge_cli.build.adapter import prepare_trainable
+    from forge_cli.build.callbacks import build_ema, build_monitor
+    from forge_cli.build.compute import choose_compute
+    from forge_cli.build.data import prepare_data
+    from forge_cli.build.model import check_lengths, choose_attention, describe_model, load_model, load_tokenizer
+    from forge_cli.run.answers import collect_prompts, exact_match_ratio, generate_answers
+    from forge_cli.run.report import Findings, write_report
+
+    spec = plan.spec
+    began = time.perf_counter()
+    compute = choose_compute(spec)
+    reporter.say(f"{compute.device_name}: {compute.reason}")
+
+    # Data first: what is wrong with it is said before any weight is read.
+    tokenizer = load_tokenizer(spec)
+    data = prepare_data(spec, tokenizer)
+    for split in data.reports:
+        reporter.say(split.line())
+    entries = collect_prompts(spec.report, data.questions, tokenizer)
+
+    model = load_model(spec, compute)
+    check_lengths(spec, model, tokenizer)
+    reporter.say(describe_model(spec, compute, choose_attention(spec, compute)))
+    model, trainable = prepare_trainable(model, spec)
+    _describe_trainable(plan, trainable, reporter)
+
+    max_new = spec.report.max_new_tokens if spec.report else 0
+    if entries:
+        reporter.say(f"answering {len(entries)} prompts before training ...")
+    before = generate_answers(model, tokenizer, [e["prompt"] for e in entries], max_new)
+
+    args = build_training_args(
+        spec,
+        output_dir=folder.checkpoints,
+        compute_dtype=compute.dtype,
+        device=compute.device,
+        has_eval=data.eval is not None,
+    )
+    monitor = build_monitor(spec, folder.metrics, reporter.record)
+    ema = build_ema(spec)
+    trainer = build_trainer(
+        model=model,
+        tokenizer=tokenizer,
+        args=args,
+        train_dataset=_pack(spec, data, reporter),
+        eval_dataset=data.eval,
+        monitor=monitor,
+        ema=ema,
+    )
+    loss_before = trainer.evaluate_now()
+    reporter.start(count_steps(trainer, args))
+    training_began = time.perf_counter()
+    trainer.train()
+    training_seconds = time.perf_counter() - training_began
+    loss_after = trainer.evaluate_now()
+
+    if ema:
+        ema.apply_ema(trainer.model)
+    if entries:
+        reporter.say(f"answering {len(entries)} prompts after training ...")
+    after = generate_answers(trainer.model, tokenizer, [e["prompt"] for e in entries], max_new)
+    weights = _save(trainer.model, tokenizer, folder, ema)
+
+    findings = Findings(
+        plan=plan,
+        compute=compute,
+        data=data,
+        trainable=trainable,
+        monitor=monitor,
+        weights=weights,
+        loss_before=loss_before,
+        loss_after=loss_after,
+        training_seconds=training_seconds,
+        total_seconds=time.perf_counter() - began,
+        samples=[{**entry, "before": b, "after": a} for entry, b, a in zip(entries, before, after, strict=True)],
+        exact_match_before=exact_match_ratio(entries, before),
+        exact_match_after=exact_match_ratio(entries, after),
+    )
+    return RunResult(folder.path, weights, write_report(findings, folder))
+
+
+def count_steps(trainer, args) -> int:
+    """Returns the optimizer steps that the trainer will make."""
+    if args.max_steps > 0:
+        return args.max_steps
+    batches = len(trainer.get_train_dataloader())
+    per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
+    return -(-int(per_epoch * args.num_train_epochs * 1000) // 1000)
+
+
+def _pack(spec, data: PreparedData, reporter: Reporter):
+    if not spec.data.packing:
+        return data.train
+    from forge_cli.backend.sft import pack_rows
+
+    packed = pack_rows(data.train, spec.data.max_length)
+    filled = data.reports[0].tokens / (len(packed) * spec.data.max_length)
+    reporter.say(f"packing: {len(data.train)} rows in {len(packed)} sequences, {100 * filled:.0f} % filled")
+    return packed
+
+
+def _describe_trainable(plan: Plan, trainable, reporter: Reporter) -> None:
+    from forge_cli.units import format_count
+
+    share = 100 * trainable.num_trainable_parameters / trainable.num_parameters
+    targets = f" in {', '.join(trainable.target_modules)}" if trainable.target_modules else ""
+    reporter.say(
+        f"trained: {format_count(trainable.num_trainable_parameters)} of "
+        f"{format_count(trainable.num_parameters)} parameters ({share:.2f} %){targets}"
+    )
+    freeze = trainable.freeze
+    if freeze is None:
+        return
+    reporter.say(freeze.layer_map())
+    if freeze.blocked_by:
+        reporter.say(f"note: {freeze.blocked_by} is trained below the frozen layers, so they still need a backward pass")
+        return
+    ratio = freeze.compute_ratio(
+        trains_weights=plan.spec.lora is None, activation_checkpointing=plan.spec.training.activation_checkpointing
+    )
+    reporter.say(f"frozen layers run forward only: {100 * (1 - ratio):.0f} % less matmul work in the layers")
+
+
+def _save(model, tokenizer, folder: RunFolder, ema) -> Path:
+    """Saves the weights to use (the averaged ones with EMA on) and keeps the raw ones beside them."""
+    from forge_cli.run.artifacts import save_weights
+
+    name = "adapter" if hasattr(model, "peft_config") else "model"
+    weights = save_weights(model, tokenizer, folder, name)
+    if ema:
+        ema.restore_original(model)
+        save_weights(model, tokenizer, folder, f"{name}-raw")
+    return weights

@@ -1,0 +1,89 @@
+"""Prepares this process for a run, and turns other libraries' failures into Forge's own."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from forge_cli.errors import ForgeError, Interrupted, MachineError, MemoryExceeded
+
+
+def prepare_process() -> str:
+    """Sets what has to be set before torch is imported; returns what a user should know, or nothing.
+
+    One process uses one GPU. Trackers and hub clients do not phone home unless the user asked them to.
+    """
+    gc.enable()
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    if "LOCAL_RANK" in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+    return "GPU 0 is used if there is one; set CUDA_VISIBLE_DEVICES to choose another"
+
+
+@contextlib.contextmanager
+def library_logs(path: Path) -> Iterator[None]:
+    """Sends what transformers, TRL, PEFT and ``warnings`` say to a file, so that the terminal stays readable."""
+    import transformers
+
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.disable_progress_bar()
+    import datasets
+
+    datasets.disable_progress_bars()
+    logging.captureWarnings(True)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    transformers.utils.logging.enable_propagation()
+    try:
+        yield
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextlib.contextmanager
+def translated_errors(log: Path) -> Iterator[None]:
+    """Turns memory, disk and interrupt failures into Forge's errors and writes every traceback to the log."""
+    try:
+        yield
+    except ForgeError:
+        _write_traceback(log)
+        raise
+    except KeyboardInterrupt:
+        raise Interrupted("stopped by Ctrl-C; what is in the run folder is whole", where=str(log.parent.parent)) from None
+    except Exception as error:
+        _write_traceback(log)
+        if _is_out_of_memory(error):
+            raise MemoryExceeded(
+                "the GPU's memory is full" if "CUDA" in str(error) else "memory is full",
+                why=str(error).split("\n")[0][:200],
+                fix="lower training.per_device_train_batch_size or data.max_length, set "
+                "training.activation_checkpointing: true, or use preset: memory_efficient",
+            ) from error
+        if isinstance(error, OSError) and error.errno in (28, 30, 122):
+            raise MachineError(
+                f"a file cannot be written: {error.strerror}",
+                where=str(error.filename or log.parent.parent),
+                fix="free some space, or set output_dir to another disk",
+            ) from error
+        raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't alloc" in str(error)
+
+
+def _write_traceback(log: Path) -> None:
+    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+        traceback.print_exc(file=file)

@@ -1,0 +1,192 @@
+"""Writes ``report.json`` and its readable twin ``report.md``."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from forge_cli.build.adapter import TrainableReport
+from forge_cli.build.compute import Compute, dtype_name
+from forge_cli.build.data import PreparedData
+from forge_cli.parts.monitor import MonitorCallback, peak_memory_bytes
+from forge_cli.resolve.plan import Plan
+from forge_cli.run.folder import REPORT_FILE, RunFolder, write_atomic
+from forge_cli.units import format_bytes, format_count, format_duration
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
+SHOWN_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a run found out, before it is written down."""
+
+    plan: Plan
+    compute: Compute
+    data: PreparedData
+    trainable: TrainableReport
+    monitor: MonitorCallback
+    weights: Path
+    loss_before: dict[str, float]
+    loss_after: dict[str, float]
+    training_seconds: float
+    total_seconds: float
+    samples: list[dict]
+    exact_match_before: float | None
+    exact_match_after: float | None
+
+
+def write_report(findings: Findings, folder: RunFolder) -> dict:
+    """Writes both files and returns the content of ``report.json``."""
+    report = build_report(findings, folder)
+    write_atomic(folder.path / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_atomic(folder.path / "report.md", render_markdown(report))
+    return report
+
+
+def build_report(findings: Findings, folder: RunFolder) -> dict:
+    """Gathers the report as plain data. Units are in the names; ratios run from 0 to 1."""
+    plan, monitor = findings.plan, findings.monitor
+    steps = [r for r in monitor.records if r.get("loss") is not None and not r.get("diverged")]
+    seconds = findings.training_seconds
+    return {
+        "run": folder.path.name,
+        "digest": plan.digest,
+        "weights": findings.weights.name,
+        "losses": {
+            "eval_before": findings.loss_before.get("eval_loss"),
+            "eval_raw": findings.loss_after.get("eval_loss"),
+            "eval_ema": findings.loss_after.get("eval_ema_loss"),
+            "train_first": steps[0]["loss"] if steps else None,
+            "train_last": steps[-1]["loss"] if steps else None,
+        },
+        "exact_match_ratio": {"before": findings.exact_match_before, "after": findings.exact_match_after},
+        "steps": len(steps),
+        "training_seconds": round(seconds, 2),
+        "total_seconds": round(findings.total_seconds, 2),
+        "tokens": monitor.num_tokens,
+        "tokens_per_second": round(monitor.num_tokens / seconds, 1) if seconds else None,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_of": "GPU, allocated" if findings.compute.device.startswith("cuda") else "process, resident",
+        "alarms": monitor.alarms,
+        "data": findings.data.as_dict(),
+        "trainable": asdict(findings.trainable),
+        "samples": _samples(findings.samples),
+        "compute": {
+            "device": findings.compute.device_name,
+            "dtype": dtype_name(findings.compute.dtype),
+            "weight_dtype": dtype_name(findings.compute.weight_dtype),
+            "reason": findings.compute.reason,
+        },
+        "environment": {"python": platform.python_version(), "system": platform.platform(), **_versions()},
+        "plan": {path: {"value": o[-1].value, "from": o[-1].where} for path, o in sorted(plan.history.items()) if o},
+        "method": {"lora": plan.spec.lora is not None, "model": plan.spec.model.name, "ema": plan.spec.ema is not None},
+        "next": f"python -m json.tool {folder.path / REPORT_FILE}",
+    }
+
+
+def _samples(samples: list[dict]) -> list[dict]:
+    """Keeps the first rows and all prompts of the run file; the rendered prompt is left out."""
+    rows = [s for s in samples if s["wanted"] is not None][:SHOWN_SAMPLES]
+    chosen = rows + [s for s in samples if s["wanted"] is None]
+    return [{key: s[key] for key in ("shown", "wanted", "before", "after")} for s in chosen]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def verdict(report: dict) -> list[str]:
+    """Says in at most three lines how the run went."""
+    losses, match = report["losses"], report["exact_match_ratio"]
+    lines = []
+    if losses["eval_before"] is not None:
+        line = f"held-out loss {losses['eval_before']:.4f} before, {losses['eval_raw']:.4f} after"
+        if losses["eval_ema"] is not None:
+            line += f", {losses['eval_ema']:.4f} with EMA weights"
+        lines.append(line)
+    elif losses["train_first"] is not None:
+        lines.append(f"training loss {losses['train_first']:.4f} at the first step, {losses['train_last']:.4f} at the last")
+    if match["after"] is not None:
+        lines.append(f"exact answers on the held-out rows: {100 * match['before']:.1f} % before, "
+                     f"{100 * match['after']:.1f} % after")
+    alarms = len(report["alarms"])
+    lines.append(
+        f"{report['steps']} steps in {format_duration(report['training_seconds'])}, "
+        f"{report['tokens_per_second'] or 0:.0f} real tokens/s, peak {format_bytes(report['peak_memory_bytes'])} "
+        f"({report['peak_memory_of']}), {alarms} alarm{'s' if alarms != 1 else ''}"
+    )
+    return lines
+
+
+def render_markdown(report: dict) -> str:
+    """Renders the report for people."""
+    trainable = report["trainable"]
+    lines = [f"# Run {report['run']}", "", *[f"- {line}" for line in verdict(report)], ""]
+    lines += [
+        f"Trained {format_count(trainable['num_trainable_parameters'])} of "
+        f"{format_count(trainable['num_parameters'])} parameters of {report['method']['model']} on "
+        f"{report['compute']['device']} in {report['compute']['dtype']} ({report['compute']['reason']}).",
+        "",
+        *_freeze_lines(trainable["freeze"]),
+        "## Data",
+        "",
+        "| split | format | rows read | kept | dropped | cut | tokens | trained tokens | median | longest |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for split in report["data"]:
+        keys = ("name", "format", "rows_read", "rows_kept", "rows_dropped", "rows_truncated", "tokens")
+        cells = [split[key] for key in (*keys, "trained_tokens", "median_tokens", "longest_tokens")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "## Alarms", "", *([f"- step {a['step']}: {a['message']}" for a in report["alarms"]] or ["none"]), ""]
+    if report["samples"]:
+        lines += ["## Answers before and after", ""]
+    for sample in report["samples"]:
+        lines += [f"**{_inline(sample['shown'])}**", ""]
+        if sample["wanted"] is not None:
+            lines.append(f"- wanted: {_inline(sample['wanted'])}")
+        lines += [f"- before: {_inline(sample['before'])}", f"- after: {_inline(sample['after'])}", ""]
+    lines += [*_usage_lines(report), "## Settings and who said so", "", "| setting | value | from |", "|---|---|---|"]
+    lines += [f"| {path} | {_inline(str(e['value']))} | {e['from']} |" for path, e in report["plan"].items()]
+    environment = ", ".join(f"{name} {number}" for name, number in report["environment"].items())
+    return "\n".join([*lines, "", "## Environment", "", environment, ""])
+
+
+def _freeze_lines(freeze: dict | None) -> list[str]:
+    if not freeze:
+        return []
+    how = "run forward only" if freeze["prefix_without_grad"] else f"need a backward pass for {freeze['blocked_by']}"
+    return [f"{freeze['num_frozen_layers']} of {freeze['num_layers']} decoder layers are frozen and {how}.", ""]
+
+
+def _usage_lines(report: dict) -> list[str]:
+    """Shows how to load the result with the plain libraries."""
+    lora, model = report["method"]["lora"], report["method"]["model"]
+    load = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'tokenizer = AutoTokenizer.from_pretrained("{report["weights"]}")',
+    ]
+    if lora:
+        load.insert(0, "from peft import AutoPeftModelForCausalLM")
+        load.pop(1)
+        load.insert(1, "from transformers import AutoTokenizer")
+        load.append(f'model = AutoPeftModelForCausalLM.from_pretrained("{report["weights"]}")  # base: {model}')
+    else:
+        load.append(f'model = AutoModelForCausalLM.from_pretrained("{report["weights"]}")')
+    kept = [f"`{report['weights']}` holds the EMA weights, `{report['weights']}-raw` the raw ones.", ""]
+    return ["## Use it", "", *(kept if report["method"]["ema"] else []), "```python", *load, "```", ""]
+
+
+def _inline(text: str) -> str:
+    """Puts generated text on one line, with control characters shown, so that it cannot disturb the page."""
+    shown = "".join(c if c.isprintable() else " " for c in text.replace("\n", " ⏎ "))
+    return shown.replace("|", "\\|").replace("`", "'") or "(nothing)"
