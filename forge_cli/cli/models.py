@@ -9,17 +9,14 @@ import typer
 from forge_cli.cli.render import print_json, print_table
 
 
-
 def list_models(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """List the models by alias; any other causal language model of the hub or a folder works as well."""
-    from dataclasses import asdict
-
     from forge_cli.facts.model_facts import list_models as list_facts
     from forge_cli.units import format_count
 
     models = list_facts()
     if json:
-        print_json([asdict(facts) for facts in models])
+        print_json([facts._asdict() for facts in models])
         return
     rows = [
         (

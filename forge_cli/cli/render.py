@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def print_table(rows: list[tuple[str, ...]], header: tuple[str, ...] | None = None, right: tuple[int, ...] = ()) -> None:
+def print_table(
+    rows: list[tuple[str, ...]], header: tuple[str, ...] | None = None, right: tuple[int, ...] = ()
+) -> None:
     """Prints rows in aligned columns, two spaces apart.
 
     Args:

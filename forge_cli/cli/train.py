@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
 
 
 def train(
@@ -17,11 +18,29 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only: no weights, nothing written.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Carry out a run file: train, evaluate, save and report."""
-    from forge_cli.run.execute import train as execute
+    from forge_cli.cli.live import choose_reporter
+    from forge_cli.resolve.plan import dump_plan, resolve_plan
 
-    execute(run_file, overrides or [], dry_run=dry_run, overwrite=overwrite, quiet=quiet)
+    plan = resolve_plan(run_file, overrides or [])
+    reporter = choose_reporter(quiet, plan.spec.logging.logging_steps)
+    for warning in plan.derived.warnings:
+        reporter.say(f"note: {warning}")
+    if dry_run:
+        print(dump_plan(plan), end="")
+        print("the plan holds; nothing was loaded and nothing was written", file=sys.stderr)
+        return
+    from forge_cli.run.execute import train_plan
+
+    result = train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem)
+    if as_json:
+        print(json.dumps(result.report, indent=1, ensure_ascii=False))
+        return
+    from forge_cli.run.summary import render_summary
+
+    print(render_summary(result.report, result.folder))
 
 
 FUNCTIONS = {"train": train}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def read_local_model(folder: Path, name: str) -> ModelFacts:
         )
     text_config = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
     facts = _facts_from_config({**config, **text_config}, config_file, name, str(folder))
-    return replace(facts, num_parameters=_count_stored_parameters(folder, facts) or count_parameters(facts))
+    return facts._replace(num_parameters=_count_stored_parameters(folder, facts) or count_parameters(facts))
 
 
 def _read_config(config_file: Path) -> dict[str, Any]:

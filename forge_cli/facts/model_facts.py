@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from forge_cli.errors import ConfigError
-from forge_cli.facts.local_model import read_local_model
 from forge_cli.facts.shape import ModelFacts
 from forge_cli.facts.shelf import find_on_shelf, list_aliases, list_shelf
 from forge_cli.paths import assets_root
 
 EMBEDDED_MODEL = "forge-tiny"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def find_model_facts(name: str, revision: str | None = None) -> ModelFacts | None:
@@ -33,14 +31,12 @@ def find_model_facts(name: str, revision: str | None = None) -> ModelFacts | Non
     """
     folder = _find_folder(name)
     if folder is not None:
-        return read_local_model(folder, name)
+        return _read_folder(folder, name)
     facts = find_on_shelf(name)
     if facts is None:
         _refuse_unknown(name)
     elif revision is not None:
-        from dataclasses import replace
-
-        return replace(facts, max_position_embeddings=None)
+        return facts._replace(max_position_embeddings=None)
     return facts
 
 
@@ -58,8 +54,14 @@ def locate_model(name: str) -> str:
 def list_models() -> list[ModelFacts]:
     """Lists every model that Forge knows by an alias, the embedded one first."""
     embedded = assets_root() / EMBEDDED_MODEL
-    first = [read_local_model(embedded, EMBEDDED_MODEL)] if (embedded / "config.json").is_file() else []
+    first = [_read_folder(embedded, EMBEDDED_MODEL)] if (embedded / "config.json").is_file() else []
     return first + list_shelf()
+
+
+def _read_folder(folder: Path, name: str) -> ModelFacts:
+    from forge_cli.facts.local_model import read_local_model  # half of this room's start-up, and seldom needed
+
+    return read_local_model(folder, name)
 
 
 def _find_folder(name: str) -> Path | None:
@@ -74,7 +76,9 @@ def _find_folder(name: str) -> Path | None:
 
 def _refuse_unknown(name: str) -> None:
     """Raises unless the name can be a hub id."""
-    if _HUB_ID.fullmatch(name):
+    import re
+
+    if re.fullmatch(_HUB_ID, name):
         return
     if "/" in name or "\\" in name or name.startswith(("~", ".")):
         raise ConfigError(

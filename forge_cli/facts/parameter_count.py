@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forge_cli.facts.shape import ModelFacts
 
 
-@dataclass(frozen=True)
-class _Family:
+class _Family(NamedTuple):
     """How a family differs from Llama.
 
     Attributes:

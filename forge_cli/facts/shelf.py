@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from forge_cli.facts.shape import ModelFacts
@@ -53,8 +54,12 @@ def _entries(wanted: str = "") -> list[str]:
     An entry starts where a line starts with neither a space nor #.
     """
     entries: list[list[str]] = []
-    for file in sorted((data_root() / "configs" / "models").glob("*.yaml")):
-        text = file.read_text(encoding="utf-8")
+    folder = os.path.join(data_root(), "configs", "models")
+    for file in sorted(os.listdir(folder)):
+        if not file.endswith(".yaml"):
+            continue
+        with open(os.path.join(folder, file), encoding="utf-8") as stream:
+            text = stream.read()
         for line in text.splitlines() if wanted in text.casefold() else ():
             if line and line[0] not in " #":
                 entries.append([line])

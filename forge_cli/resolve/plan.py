@@ -119,7 +119,9 @@ def _resolve(document: Document, overrides: Sequence[str]) -> Plan:
         # A broken model folder alone keeps its own exit code.
         kind = type(model_error) if model_error and len(problems) == len(model_error.problems) else ConfigError
         raise kind.from_problems(_sort(problems, document.file))
-    history = MappingProxyType({path: tuple(_freeze(one) for one in origins) for path, origins in layers.history.items()})
+    history = MappingProxyType(
+        {path: tuple(_freeze(one) for one in origins) for path, origins in layers.history.items()}
+    )
     return Plan(spec, facts, _derive(scene), history, spec_digest(spec), document.file)
 
 

@@ -89,8 +89,10 @@ def render_plan(plan: Plan) -> str:
         Settings without effect are comments.
     """
     spec = plan.spec
-    lines = [f"# The whole plan of {printable(plan.source)}, as Forge read it; `forge train` takes this file too.",
-             f"# digest: {plan.digest}"]
+    lines = [
+        f"# The whole plan of {printable(plan.source)}, as Forge read it; `forge train` takes this file too.",
+        f"# digest: {plan.digest}",
+    ]
     lines += [f"# {name}: {getattr(spec, name)}" for name in ("preset", "extends") if getattr(spec, name)]
     effective, idle = list_effective(spec), find_idle(spec)
     sections = find_sections()

@@ -54,7 +54,9 @@ def check_evaluation_source(scene: Scene) -> Iterator[Clash]:
     local = is_data_file(data.train) or is_embedded_data(data.train)
     if data.eval is None and data.eval_split == data.train_split and not local:
         what = f"the split {printable(data.train_split)} is both trained on and evaluated on"
-        yield Clash(("data.eval_split", "data.train_split", "data.eval"), what, "name another split, or use eval_fraction")
+        yield Clash(
+            ("data.eval_split", "data.train_split", "data.eval"), what, "name another split, or use eval_fraction"
+        )
 
 
 def check_length(scene: Scene) -> Iterator[Clash]:

@@ -56,7 +56,9 @@ def _check_frozen_count(first: int | str, num_layers: int) -> Iterator[Clash]:
     paths = ("freeze.first", "model.name")
     frozen = count_frozen_layers(first, num_layers)
     if isinstance(first, int) and first > num_layers:
-        yield Clash(paths, f"{first} layers to freeze, but the model has {num_layers}", f"write at most {num_layers - 1}")
+        yield Clash(
+            paths, f"{first} layers to freeze, but the model has {num_layers}", f"write at most {num_layers - 1}"
+        )
     elif frozen >= num_layers:
         what = f"all {num_layers} layers of the model are frozen; nothing is left to train"
         yield Clash(paths, what, f"write at most {num_layers - 1}")
@@ -123,7 +125,9 @@ def check_number_formats(scene: Scene) -> Iterator[Clash]:
     elif dtype == "bfloat16" and precision == "fp16":
         what = "bfloat16 weights with fp16 mixed precision"
         fix = "write precision: bf16, or model.dtype: auto"
-        yield Clash(("training.precision", "model.dtype", "lora"), what, fix, why="the loss scaler works on float32 weights")
+        yield Clash(
+            ("training.precision", "model.dtype", "lora"), what, fix, why="the loss scaler works on float32 weights"
+        )
 
 
 WEIGHT_RULES = (

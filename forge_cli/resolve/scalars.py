@@ -47,8 +47,10 @@ def resolve_scalar(text: str) -> object:
         return _CONSTANTS[text]
     if text.lower() in _LEGACY_BOOLEANS:
         boolean = "true" if text.lower() in ("y", "yes", "on") else "false"
-        raise ScalarFault(f"{text} is text to some YAML readers and {boolean} to others",
-                          f'quote it ("{text}"), or write true or false')
+        raise ScalarFault(
+            f"{text} is text to some YAML readers and {boolean} to others",
+            f'quote it ("{text}"), or write true or false',
+        )
     if text[:1] not in _NUMBER_START:
         return text
     digits = text[1:] if text[0] in "+-" else text

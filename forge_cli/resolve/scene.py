@@ -50,6 +50,9 @@ class Scene(NamedTuple):
     def is_judgeable(self, clash: Clash) -> bool:
         """Tells whether nothing that a clash rests on has a problem of its own already."""
         broken = self.layers.broken
+        # Nobody knows what a preset or recipe that was not found would have said.
+        if {"preset", "extends"} & broken and any(self.rank(path) < RANKS["file"] for path in clash.paths):
+            return False
         return not any(path in broken or path.rpartition(".")[0] in broken for path in clash.paths)
 
     def place(self, paths: tuple[str, ...]) -> tuple[str, str]:

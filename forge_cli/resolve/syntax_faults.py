@@ -38,12 +38,14 @@ def explain_syntax(error: yaml.YAMLError, text: str, file: str) -> Problem:
     said = getattr(error, "problem", None) or str(error).splitlines()[0]
     if mark is None:
         return Problem(file, "", f"not YAML: {printable(said)}")
+    context = getattr(error, "context_mark", None)
+    if context is not None and "alphabetic or numeric" in said:
+        mark = context  # The * or & itself, not what follows it.
     lines = text.splitlines() or [""]
     row = min(mark.line, len(lines) - 1)
     line = lines[row]
     column = mark.column if mark.line < len(lines) else len(line)
     what, fix = _explain(said, line, column)
-    context = getattr(error, "context_mark", None)
     if context is not None and context.line != mark.line and "not closed" in what:
         what += f" (opened on line {context.line + 1})"
     return Problem(f"{file}:{row + 1}:{column + 1}", "", what, fix=fix)
@@ -63,13 +65,15 @@ def _explain(said: str, line: str, column: int) -> tuple[str, str]:
         return "this line is indented deeper than the value above allows", "indent it like its neighbours"
     for words, (what, fix) in _PLAIN.items():
         if words in said:
-            return what, fix or _quote(line[max(column - 1, 0) :] if line[column - 1 : column] in "*&" else rest)
+            return what, fix or _quote(rest)
     return f"not YAML: {printable(said)}", ""
 
 
 def _quote(value: str) -> str:
     cleaned = value.split(" #")[0].strip().rstrip(",")
-    for opening, closing in ("[]", "{}"):
-        cleaned = cleaned.removesuffix(closing) if opening not in cleaned else cleaned
+    while cleaned and any(
+        cleaned[-1] == end and cleaned.count(start) < cleaned.count(end) for start, end in ("[]", "{}")
+    ):
+        cleaned = cleaned[:-1].rstrip()
     mark = "'" if "\\" in cleaned or '"' in cleaned else '"'
     return f"quote it: {mark}{shorten(cleaned)}{mark}" if cleaned else "quote it"

@@ -51,11 +51,11 @@ def _find_meaning(section: str, key: str, value: object) -> tuple[str, tuple[str
         owner = same_name[0].rpartition(".")[0]
         said = f"belongs under {owner}: {same_name[0]}" if owner else f"belongs at the top level: {same_name[0]}"
         return unknown, tuple(same_name), said
+    if plain in find_sections():
+        return unknown, (), f"{plain} is a section at the top level"
     near = find_nearest(key, find_sections()[section].model_fields)
     if near:
         return unknown, (f"{section}.{near}" if section else near,), f"did you mean {near}?"
-    if plain in find_sections():
-        return unknown, (), f"{plain} is a section at the top level"
     leaves = {one.rpartition(".")[2]: one for one in reversed(list_leaf_paths())}
     near = find_nearest(key, leaves)
     if near:

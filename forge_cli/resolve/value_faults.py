@@ -44,7 +44,7 @@ def explain_values(error: ValidationError, layers: Layers) -> tuple[list[Problem
         path, index = _find_path(one["loc"])
         bad.add(path)
         key = path if index is None else f"{path}[{index}]"
-        if key in problems or _is_broken(path, layers.broken):
+        if key in problems or _is_broken(path, layers.broken) or _could_come_from_below(one["type"], layers.broken):
             continue
         problems[key] = _explain(one["type"], path, index, one["input"], layers)
     return list(problems.values()), bad
@@ -53,6 +53,11 @@ def explain_values(error: ValidationError, layers: Layers) -> tuple[list[Problem
 def _is_broken(path: str, broken: set[str]) -> bool:
     section = path.rpartition(".")[0]
     return path in broken or (section != "" and section in broken)
+
+
+def _could_come_from_below(fault: str, broken: set[str]) -> bool:
+    """Tells whether a missing setting may be in a recipe that could not be read."""
+    return fault == "missing" and "extends" in broken
 
 
 def _find_path(loc: tuple[str | int, ...]) -> tuple[str, int | None]:
@@ -72,6 +77,10 @@ def _explain(fault: str, path: str, index: int | None, value: object, layers: La
     places = layers.items.get(path, [])
     where = places[index] if index is not None and index < len(places) else layers.history[path][-1].where
     shown = path if index is None else f"{path}[{index}]"
+    if path == "version":
+        return Problem(
+            where, path, f"version {show(value)} of the run file's language; this Forge knows 1", fix="update Forge"
+        )
     if fault in _RANGE_FAULTS:
         what = f"must be a number that is {describe_range(one) or 'finite'}; this is {show(value)}"
         return Problem(where, shown, what, fix=_example(path, one))

@@ -40,4 +40,4 @@ def describe_range(one: FieldInfo) -> str:
     """Says which numbers a field allows: ``more than 0, at most 1``; empty when all."""
     words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
     limits = [(word, getattr(item, name, None)) for name, word in words.items() for item in one.metadata]
-    return ", ".join(f"{word} {show(limit)}" for word, limit in limits if limit is not None)
+    return " and ".join(f"{word} {show(limit)}" for word, limit in limits if limit is not None)

@@ -67,6 +67,8 @@ class Builder:
             next(self._events)
             event = next(self._events)
             if isinstance(event, yaml.StreamEndEvent):
+                if self._root:
+                    self._report(event, self._root, "there is no value", "write one; null for none")
                 return None
             event = next(self._events)
             empty = isinstance(event, yaml.ScalarEvent) and not event.value and event.implicit[0] and not self._root
@@ -154,17 +156,28 @@ class Builder:
             self._report(event, path, "a key cannot be an alias", "write the key out", breaks=False)
             return None
         if not isinstance(event, yaml.ScalarEvent):
-            self._report(event, path, "a key cannot be a mapping or a list",
-                         'if {{ }} or [ ] belong to the text, quote it: "{{ x }}"')
+            self._report(
+                event,
+                path,
+                "a key cannot be a mapping or a list",
+                'if {{ }} or [ ] belong to the text, quote it: "{{ x }}"',
+            )
             self._skip(event, path, depth, quietly=True)
             return None
         plain = event.style in (None, "")
         if event.tag is not None:
-            self._report(event, path, f"tags are not allowed: {_show_tag(event.tag)}", "write the key without it", breaks=False)
+            self._report(
+                event, path, f"tags are not allowed: {_show_tag(event.tag)}", "write the key without it", breaks=False
+            )
             return None
         if plain and event.value == "<<":
-            self._report(event, path, "merge keys (<<) are not allowed",
-                         "put the shared settings in a recipe and name it with extends:", breaks=False)
+            self._report(
+                event,
+                path,
+                "merge keys (<<) are not allowed",
+                "put the shared settings in a recipe and name it with extends:",
+                breaks=False,
+            )
             return None
         if not plain:
             return event.value
@@ -186,8 +199,12 @@ class Builder:
             return text
         if not text:
             if event.tag is None:
-                self._report(event, path, "there is no value after the colon",
-                             "write one; null for none, {} for a section with its defaults, or remove the line")
+                self._report(
+                    event,
+                    path,
+                    "there is no value",
+                    "write one; null for none, {} for a section with its defaults, or remove the line",
+                )
             return text
         try:
             return resolve_scalar(text)
@@ -198,8 +215,12 @@ class Builder:
     def _expand(self, event: yaml.AliasEvent, path: KeyPath, depth: int) -> object:
         """Gives the value of ``*name``, after counting what it would add."""
         if event.anchor not in self._anchors:
-            self._report(event, path, f"there is no anchor &{shorten(event.anchor)} above",
-                         "quote the value if the * is part of it")
+            self._report(
+                event,
+                path,
+                f"there is no anchor &{shorten(event.anchor)} above",
+                "quote the value if the * is part of it",
+            )
             return f"*{event.anchor}"
         anchor = self._anchors[event.anchor]
         if anchor is None:

@@ -1,6 +1,6 @@
 """Carries out one plan: the table of contents of a fine-tuning run.
 
-Nothing above :func:`_train` imports torch; everything that can be wrong in the run file has been said by then.
+Nothing outside :func:`_train` imports torch; everything that can be wrong in the run file has been said by then.
 """
 
 from __future__ import annotations
@@ -36,35 +36,25 @@ class RunResult:
 
 
 def train(
-    path: Path,
-    overrides: Sequence[str] = (),
-    *,
-    dry_run: bool = False,
-    overwrite: bool = False,
-    reporter: Reporter | None = None,
-) -> RunResult | None:
-    """Trains what a run file says.
+    run_file: str | Path, overrides: Sequence[str] = (), *, overwrite: bool = False, reporter: Reporter | None = None
+) -> RunResult:
+    """Trains what a run file says: ``forge train`` for Python.
 
     Args:
-        path: The run file.
+        run_file: The run file.
         overrides: ``path=value`` settings above it.
-        dry_run: Do everything that needs no torch, say it, and stop.
         overwrite: Delete an earlier run of the same name.
         reporter: Receives progress; plain lines on stderr by default.
 
     Returns:
-        What was made; ``None`` for a dry run.
+        Where the run's files are, and its report.
 
     Raises:
         ForgeError: Of any kind; its exit code tells which.
     """
-    plan = resolve_plan(path, overrides)
-    reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
-    for warning in plan.derived.warnings:
-        reporter.say(f"note: {warning}")
-    if dry_run:
-        return None
-    return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=path.stem)
+    run_file = Path(run_file)
+    plan = resolve_plan(run_file, overrides)
+    return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem)
 
 
 def train_plan(plan: Plan, *, overwrite: bool = False, reporter: Reporter | None = None, stem: str = "run") -> RunResult:

@@ -14,7 +14,8 @@ from forge_cli.build.data import PreparedData
 from forge_cli.parts.monitor import MonitorCallback, peak_memory_bytes
 from forge_cli.resolve.plan import Plan
 from forge_cli.run.folder import REPORT_FILE, RunFolder, write_atomic
-from forge_cli.units import format_bytes, format_count, format_duration
+from forge_cli.run.summary import verdict
+from forge_cli.units import format_count
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
 SHOWN_SAMPLES = 8
@@ -84,7 +85,8 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         "environment": {"python": platform.python_version(), "system": platform.platform(), **_versions()},
         "plan": {path: {"value": o[-1].value, "from": o[-1].where} for path, o in sorted(plan.history.items()) if o},
         "method": {"lora": plan.spec.lora is not None, "model": plan.spec.model.name, "ema": plan.spec.ema is not None},
-        "next": f"python -m json.tool {folder.path / REPORT_FILE}",
+        "next": "forge recipes copy quickstart my-run.yaml   (put your own rows in data.train, then: forge train "
+        "my-run.yaml)",
     }
 
 
@@ -103,29 +105,6 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def verdict(report: dict) -> list[str]:
-    """Says in at most three lines how the run went."""
-    losses, match = report["losses"], report["exact_match_ratio"]
-    lines = []
-    if losses["eval_before"] is not None:
-        line = f"held-out loss {losses['eval_before']:.4f} before, {losses['eval_raw']:.4f} after"
-        if losses["eval_ema"] is not None:
-            line += f", {losses['eval_ema']:.4f} with EMA weights"
-        lines.append(line)
-    elif losses["train_first"] is not None:
-        lines.append(f"training loss {losses['train_first']:.4f} at the first step, {losses['train_last']:.4f} at the last")
-    if match["after"] is not None:
-        lines.append(f"exact answers on the held-out rows: {100 * match['before']:.1f} % before, "
-                     f"{100 * match['after']:.1f} % after")
-    alarms = len(report["alarms"])
-    lines.append(
-        f"{report['steps']} steps in {format_duration(report['training_seconds'])}, "
-        f"{report['tokens_per_second'] or 0:.0f} real tokens/s, peak {format_bytes(report['peak_memory_bytes'])} "
-        f"({report['peak_memory_of']}), {alarms} alarm{'s' if alarms != 1 else ''}"
-    )
-    return lines
 
 
 def render_markdown(report: dict) -> str:

@@ -34,7 +34,9 @@ def run_and_list_modules(*arguments: str) -> set[str]:
     return set(report["modules"])
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["presets", "list"], ["recipes", "list"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["presets", "list"], ["recipes", "list"]], ids=" ".join
+)
 def test_listings_load_nothing_slow(arguments):
     modules = run_and_list_modules(*arguments)
     assert modules & {*HEAVY, *SLOW} == set()
@@ -47,7 +49,8 @@ def test_planning_needs_no_torch(command, tmp_path):
     run_file.write_text(RUN_FILE.replace("rows.jsonl", str(tmp_path / "rows.jsonl")), encoding="utf-8")
     modules = run_and_list_modules(*command, str(run_file))
     assert modules & set(HEAVY) == set()
-    assert "importlib.metadata" not in modules
+    if command[0] == "config":
+        assert "importlib.metadata" not in modules
 
 
 def measure_cpu_seconds(arguments: list[str], environment: dict[str, str]) -> float:

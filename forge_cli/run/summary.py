@@ -1,0 +1,53 @@
+"""The end of a run in words, from its report; needs no torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from forge_cli.units import format_bytes, format_duration
+
+_SHOWN_SAMPLES = 3
+_WIDTH = 160
+
+
+def verdict(report: dict) -> list[str]:
+    """Says in at most three lines how the run went."""
+    losses, match = report["losses"], report["exact_match_ratio"]
+    lines = []
+    if losses["eval_before"] is not None:
+        line = f"held-out loss {losses['eval_before']:.4f} before, {losses['eval_raw']:.4f} after"
+        if losses["eval_ema"] is not None:
+            line += f", {losses['eval_ema']:.4f} with EMA weights"
+        lines.append(line)
+    elif losses["train_first"] is not None:
+        lines.append(
+            f"training loss {losses['train_first']:.4f} at the first step, {losses['train_last']:.4f} at the last"
+        )
+    if match["after"] is not None:
+        lines.append(
+            f"exact answers on the held-out rows: {100 * match['before']:.1f} % before, "
+            f"{100 * match['after']:.1f} % after"
+        )
+    alarms = len(report["alarms"])
+    lines.append(
+        f"{report['steps']} steps in {format_duration(report['training_seconds'])}, "
+        f"{report['tokens_per_second'] or 0:.0f} real tokens/s, peak {format_bytes(report['peak_memory_bytes'])} "
+        f"({report['peak_memory_of']}), {alarms} alarm{'' if alarms == 1 else 's'}"
+    )
+    return lines
+
+
+def render_summary(report: dict, folder: Path) -> str:
+    """Renders the verdict, a few answers before and after, where things are and what to type next."""
+    lines = ["", *verdict(report), ""]
+    for sample in report["samples"][:_SHOWN_SAMPLES]:
+        lines += [f"  asked   {_shorten(sample['shown'])}", f"  before  {_shorten(sample['before'])}"]
+        lines += [f"  after   {_shorten(sample['after'])}", ""]
+    lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {folder / 'report.md'}"]
+    return "\n".join([*lines, f"next     {report['next']}"])
+
+
+def _shorten(text: str) -> str:
+    """Fits a text on one line; control characters of a data row must not reach the terminal."""
+    shown = "".join(c if c.isprintable() else " " for c in text).strip()
+    return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."

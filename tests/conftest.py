@@ -1,0 +1,77 @@
+"""Fixtures that every test may use: the embedded model, loaded for real."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before anything imports torch: no network, no telemetry, and idle threads that do not fight over two cores.
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+TINY = Path(__file__).parent.parent / "forge_cli" / "assets" / "forge-tiny"
+
+
+@pytest.fixture
+def tiny_settings(tmp_path: Path) -> Callable[..., dict]:
+    """Settings of a three-step run of the embedded model; keyword arguments replace whole sections or merge."""
+
+    def settings(**changes: object) -> dict:
+        base: dict[str, object] = {
+            "model": {"name": "forge-tiny"},
+            "data": {"train": "forge:quickstart/train", "max_length": 128},
+            "training": {
+                "learning_rate": 1e-3,
+                "max_steps": 3,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+            },
+            "logging": {"logging_steps": 1},
+            "checkpoint": None,
+            "report": None,
+            "output_dir": str(tmp_path / "runs"),
+        }
+        for section, value in changes.items():
+            present = base.get(section)
+            merge = isinstance(present, dict) and isinstance(value, dict)
+            base[section] = {**present, **value} if merge else value
+        return base
+
+    return settings
+
+
+@pytest.fixture
+def load_tiny() -> Callable:
+    """Loads a fresh embedded model in float32, or in 4 bits."""
+
+    def load(four_bit: bool = False):
+        import torch
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+        if four_bit:
+            options["device_map"] = {"": "cpu"}
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            )
+        model = AutoModelForCausalLM.from_pretrained(TINY, **options)
+        model.config.use_cache = False
+        return model
+
+    return load
+
+
+@pytest.fixture
+def tiny_batch() -> dict:
+    """A batch of random tokens with labels. Shapes: ``[2, 24]``."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 500, (2, 24), generator=generator)
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
