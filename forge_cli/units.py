@@ -20,7 +20,8 @@ def format_bytes(size_bytes: float) -> str:
 def format_count(count: float) -> str:
     """Formats a count in short form: ``7.24 B``, ``41.9 M``, ``12.3 K``, ``512``."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if abs(count) >= size:
+        # 999.5 and more would be rounded up to 1000 of the smaller unit.
+        if abs(count) >= 0.9995 * size:
             return f"{count / size:.3g} {unit}"
     return str(int(count))
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "models": ("forge_cli.cli.models", "Models whose shape is known without loading them."),
 }
 
+_INTERRUPTED = 130
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
@@ -86,13 +87,12 @@ def run_app(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, prog_name="forge", standalone_mode=False)
         sys.stdout.flush()
+        if code == _INTERRUPTED:  # Typer has turned Ctrl-C into this
+            print("error: stopped by the user", file=sys.stderr)
     except BrokenPipeError:
         # The reader (head, less) has had enough; the interpreter must not try to flush again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except KeyboardInterrupt:
-        print("error: stopped by the user", file=sys.stderr)
-        code = 130
     except Exception as error:
         code = _report_failure(error, debug)
     if not gc.isenabled():
@@ -121,7 +121,7 @@ def _report_failure(error: Exception, debug: bool) -> int:
         return 2
     if isinstance(error, typer.Abort):
         print("error: stopped by the user", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     hint = "" if debug else "; run it again with --debug for the traceback, and report it"
     print(f"internal error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
     return 1

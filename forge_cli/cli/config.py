@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from forge_cli.resolve.plan import Plan
 
 
-RunFile = Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)]
+RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
 ]
@@ -56,7 +56,9 @@ def show(run_file: RunFile, overrides: Overrides = None, json: Json = False) -> 
 
 def explain_setting(
     run_file: RunFile,
-    setting: Annotated[str, typer.Argument(help="Dotted path or section; all settings without it.")] = "",
+    setting: Annotated[
+        str, typer.Argument(metavar="SETTING", help="Dotted path or section; default: all settings.")
+    ] = "",
     overrides: Overrides = None,
     json: Json = False,
 ) -> None:

@@ -38,8 +38,9 @@ class LiveReporter:
         self._evaluation = ""
 
     def say(self, text: str) -> None:
-        """Prints a line above the block."""
-        self._console.print(text, markup=False)
+        """Prints a line above the block; an empty one says nothing."""
+        if text:
+            self._console.print(text, markup=False)
 
     def start(self, num_steps: int) -> None:
         """Opens the block."""

@@ -24,7 +24,9 @@ def list_presets(json: Json = False) -> None:
         print_table(rows)
 
 
-def show_preset(name: Annotated[str, typer.Argument(help="Name of the preset.")], json: Json = False) -> None:
+def show_preset(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the preset.")], json: Json = False
+) -> None:
     """Show each value of a preset with its reason and its source."""
     from forge_cli.cli.preset_text import parse_preset, print_preset
 

@@ -16,7 +16,7 @@ SUFFIXES = (".yaml", ".py")
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Name = Annotated[str, typer.Argument(help="Name of the recipe.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the recipe.")]
 
 
 def list_recipes(json: Json = False) -> None:
@@ -41,7 +41,7 @@ def show_recipe(name: Name, json: Json = False) -> None:
 
 def copy_recipe(
     name: Name,
-    destination: Annotated[str, typer.Argument(help="File or folder to copy to.")] = ".",
+    destination: Annotated[str, typer.Argument(metavar="DEST", help="File or folder to copy to.")] = ".",
     force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
     """Copy a recipe, to make it your own."""

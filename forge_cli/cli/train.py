@@ -11,7 +11,7 @@ import typer
 
 
 def train(
-    run_file: Annotated[Path, typer.Argument(help="Run file (YAML).", show_default=False)],
+    run_file: Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
     ] = None,

@@ -14,6 +14,7 @@ from forge_cli.resolve.effect import NOT_TRAINING, list_effective
 from forge_cli.resolve.freezing import count_frozen_layers
 from forge_cli.resolve.layers import Layers, Origin, stack_layers
 from forge_cli.resolve.scene import Scene
+from forge_cli.resolve.wording import show
 from forge_cli.resolve.yaml_reader import Document, read_yaml
 from forge_cli.schema.runspec import RunSpec
 
@@ -157,7 +158,10 @@ def _find_facts(spec: RunSpec, layers: Layers) -> ModelFacts | None:
         return None
     from forge_cli.facts.model_facts import find_model_facts
 
-    return find_model_facts(spec.model.name, spec.model.revision)
+    try:
+        return find_model_facts(spec.model.name, spec.model.revision)
+    except (OSError, RuntimeError, ValueError):  # ~nobody/model, or a name too long for the file system
+        raise ConfigError(f"{show(spec.model.name)} is not a folder name", fix="name a folder that exists") from None
 
 
 def _locate(error: ForgeError, layers: Layers) -> list[Problem]:

@@ -27,12 +27,12 @@ def check_files(scene: Scene) -> Iterator[Clash]:
 
 
 def _check_file(path: str, source: str) -> Clash | None:
-    file = Path(source).expanduser()
     try:
+        file = Path(source).expanduser()
         if file.is_file():
             return None
         exists = file.exists()
-    except (OSError, ValueError):
+    except (OSError, RuntimeError, ValueError):
         return Clash((path,), f"{printable(source)} is not a file name", "name a .jsonl, .json, .csv or .parquet file")
     if exists:
         return Clash((path,), f"{printable(source)} is not a regular file", "name the file with the rows")

@@ -36,4 +36,7 @@ def list_embedded_data() -> dict[str, Path]:
 
 def is_model_folder(name: str) -> bool:
     """Tells whether a model name means a local folder; it exists, or is written like a path."""
-    return name.startswith(_PATH_STARTS) or Path(name).is_dir()
+    try:
+        return name.startswith(_PATH_STARTS) or Path(name).is_dir()
+    except (OSError, ValueError):  # Too long for the file system.
+        return False

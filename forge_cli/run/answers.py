@@ -6,10 +6,65 @@ from collections.abc import Sequence
 
 import torch
 
+from forge_cli.build.data import Question
 from forge_cli.errors import DataError
+from forge_cli.parts.rendering import render_prompt
 from forge_cli.schema.training import ReportSection
 
 BATCH_ROWS = 32
+
+
+class Examination:
+    """The same questions before and after training.
+
+    With ``report.exact_match`` all evaluation rows are asked, else the first ``report.samples`` of them, and the
+    prompts of the run file.
+
+    Args:
+        report: The section; ``None`` asks nothing.
+        questions: Evaluation rows as prompts with wanted answers.
+        tokenizer: Of the model that is asked.
+
+    Raises:
+        DataError: An exact match is asked for and no evaluation row has an answer.
+    """
+
+    def __init__(self, report: ReportSection | None, questions: Sequence[Question], tokenizer) -> None:
+        self.report = report
+        self.tokenizer = tokenizer
+        self.entries: list[dict] = []
+        if report is None:
+            return
+        if report.exact_match and not questions:
+            raise DataError("report.exact_match: no evaluation row has a question and an answer", fix="use other rows")
+        chosen = questions if report.exact_match else questions[: report.samples]
+        self.entries = [{"prompt": q.prompt, "shown": q.shown, "wanted": q.wanted} for q in chosen]
+        for text in report.prompts:
+            turns = [{"role": "user", "content": text}]
+            prompt = render_prompt(tokenizer, turns) if tokenizer.chat_template else text
+            self.entries.append({"prompt": prompt, "shown": text, "wanted": None})
+
+    def announce(self, when: str) -> str:
+        """Says what comes, as it may take a while."""
+        return f"answering {len(self.entries)} prompts {when} training ..." if self.entries else ""
+
+    def answer(self, model) -> list[str]:
+        """Answers all prompts with a model."""
+        if not self.entries:
+            return []
+        prompts = [entry["prompt"] for entry in self.entries]
+        return generate_answers(model, self.tokenizer, prompts, self.report.max_new_tokens)
+
+    def pair(self, before: list[str], after: list[str]) -> list[dict]:
+        """Puts the answers beside their questions."""
+        return [{**e, "before": b, "after": a} for e, b, a in zip(self.entries, before, after, strict=True)]
+
+    def exact_match_ratio(self, answers: list[str]) -> float | None:
+        """Returns the share of wanted answers given to the letter (0 to 1); ``None`` unless the plan asks for it."""
+        if self.report is None or not self.report.exact_match:
+            return None
+        pairs = [(e["wanted"], a) for e, a in zip(self.entries, answers, strict=True) if e["wanted"] is not None]
+        return sum(wanted == answer for wanted, answer in pairs) / len(pairs)
 
 
 def generate_answers(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
@@ -69,33 +124,3 @@ def _end_tokens(model, tokenizer) -> list[int]:
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids]
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
-
-
-def collect_prompts(report: ReportSection | None, questions: Sequence, tokenizer) -> list[dict]:
-    """Chooses what is asked before and after: all evaluation rows for an exact match, else the first samples.
-
-    Returns:
-        Entries with ``prompt`` (rendered), ``shown``, ``wanted`` (``None`` for the file's own prompts).
-
-    Raises:
-        DataError: An exact match is asked for and no evaluation row has an answer.
-    """
-    if report is None:
-        return []
-    if report.exact_match and not questions:
-        raise DataError("report.exact_match: no evaluation row has a question and an answer", fix="use other rows")
-    chosen = questions if report.exact_match else questions[: report.samples]
-    entries = [{"prompt": q.prompt, "shown": q.shown, "wanted": q.wanted} for q in chosen]
-    for text in report.prompts:
-        prompt = text
-        if tokenizer.chat_template:
-            turns = [{"role": "user", "content": text}]
-            prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        entries.append({"prompt": prompt, "shown": text, "wanted": None})
-    return entries
-
-
-def exact_match_ratio(entries: Sequence[dict], answers: Sequence[str]) -> float | None:
-    """Returns the share of wanted answers that were given to the letter (0 to 1); ``None`` without any."""
-    pairs = [(e["wanted"], a) for e, a in zip(entries, answers, strict=True) if e["wanted"] is not None]
-    return sum(wanted == answer for wanted, answer in pairs) / len(pairs) if pairs else None

@@ -75,13 +75,12 @@ def train_plan(plan: Plan, *, overwrite: bool = False, reporter: Reporter | None
 
 
 def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
-    from forge_cli.backend.sft import build_trainer, build_training_args
+    """The run itself. Data comes first: what is wrong with it is said before any weight is read."""
     from forge_cli.build.adapter import prepare_trainable
-    from forge_cli.build.callbacks import build_ema, build_monitor
     from forge_cli.build.compute import choose_compute
     from forge_cli.build.data import prepare_data
     from forge_cli.build.model import check_lengths, choose_attention, describe_model, load_model, load_tokenizer
-    from forge_cli.run.answers import collect_prompts, exact_match_ratio, generate_answers
+    from forge_cli.run.answers import Examination
     from forge_cli.run.report import Findings, write_report
 
     spec = plan.spec
@@ -89,12 +88,11 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     compute = choose_compute(spec)
     reporter.say(f"{compute.device_name}: {compute.reason}")
 
-    # Data first: what is wrong with it is said before any weight is read.
     tokenizer = load_tokenizer(spec)
     data = prepare_data(spec, tokenizer)
     for split in data.reports:
         reporter.say(split.line())
-    entries = collect_prompts(spec.report, data.questions, tokenizer)
+    examination = Examination(spec.report, data.questions, tokenizer)
 
     model = load_model(spec, compute)
     check_lengths(spec, model, tokenizer)
@@ -102,59 +100,60 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     model, trainable = prepare_trainable(model, spec)
     _describe_trainable(plan, trainable, reporter)
 
-    max_new = spec.report.max_new_tokens if spec.report else 0
-    if entries:
-        reporter.say(f"answering {len(entries)} prompts before training ...")
-    before = generate_answers(model, tokenizer, [e["prompt"] for e in entries], max_new)
-
-    args = build_training_args(
-        spec,
-        output_dir=folder.checkpoints,
-        compute_dtype=compute.dtype,
-        device=compute.device,
-        has_eval=data.eval is not None,
-    )
-    monitor = build_monitor(spec, folder.metrics, reporter.record)
-    ema = build_ema(spec)
-    trainer = build_trainer(
-        model=model,
-        tokenizer=tokenizer,
-        args=args,
-        train_dataset=_pack(spec, data, reporter),
-        eval_dataset=data.eval,
-        monitor=monitor,
-        ema=ema,
-    )
+    reporter.say(examination.announce("before"))
+    before = examination.answer(model)
+    trainer = _build_trainer(plan, folder, reporter, model, tokenizer, data, compute)
     loss_before = trainer.evaluate_now()
-    reporter.start(count_steps(trainer, args))
+    reporter.start(count_steps(trainer, trainer.args))
     training_began = time.perf_counter()
     trainer.train()
     training_seconds = time.perf_counter() - training_began
     loss_after = trainer.evaluate_now()
+    reporter.finish()
 
-    if ema:
-        ema.apply_ema(trainer.model)
-    if entries:
-        reporter.say(f"answering {len(entries)} prompts after training ...")
-    after = generate_answers(trainer.model, tokenizer, [e["prompt"] for e in entries], max_new)
-    weights = _save(trainer.model, tokenizer, folder, ema)
-
+    if trainer.ema:
+        trainer.ema.apply_ema(trainer.model)
+    reporter.say(examination.announce("after"))
+    after = examination.answer(trainer.model)
+    weights = _save(trainer.model, tokenizer, folder, trainer.ema)
     findings = Findings(
         plan=plan,
         compute=compute,
         data=data,
         trainable=trainable,
-        monitor=monitor,
+        monitor=trainer.monitor,
         weights=weights,
         loss_before=loss_before,
         loss_after=loss_after,
         training_seconds=training_seconds,
         total_seconds=time.perf_counter() - began,
-        samples=[{**entry, "before": b, "after": a} for entry, b, a in zip(entries, before, after, strict=True)],
-        exact_match_before=exact_match_ratio(entries, before),
-        exact_match_after=exact_match_ratio(entries, after),
+        samples=examination.pair(before, after),
+        exact_match_before=examination.exact_match_ratio(before),
+        exact_match_after=examination.exact_match_ratio(after),
     )
     return RunResult(folder.path, weights, write_report(findings, folder))
+
+
+def _build_trainer(plan: Plan, folder: RunFolder, reporter: Reporter, model, tokenizer, data: PreparedData, compute):
+    from forge_cli.backend import sft
+    from forge_cli.build.callbacks import build_ema, build_monitor
+
+    args = sft.build_training_args(
+        plan.spec,
+        output_dir=folder.checkpoints,
+        compute_dtype=compute.dtype,
+        device=compute.device,
+        has_eval=data.eval is not None,
+    )
+    return sft.build_trainer(
+        model=model,
+        tokenizer=tokenizer,
+        args=args,
+        train_dataset=_pack(plan.spec, data, reporter),
+        eval_dataset=data.eval,
+        monitor=build_monitor(plan.spec, folder.metrics, reporter.record),
+        ema=build_ema(plan.spec),
+    )
 
 
 def count_steps(trainer, args) -> int:

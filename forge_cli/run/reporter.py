@@ -30,8 +30,9 @@ class PlainReporter:
         self.num_steps = 0
 
     def say(self, text: str) -> None:
-        """Writes the line."""
-        print(text, file=sys.stderr, flush=True)
+        """Writes the line; an empty one says nothing."""
+        if text:
+            print(text, file=sys.stderr, flush=True)
 
     def start(self, num_steps: int) -> None:
         """Notes how many steps there will be."""

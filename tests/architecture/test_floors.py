@@ -108,7 +108,9 @@ def test_only_the_backend_names_trl_and_its_arguments(path):
             names.add(node.attr)
         elif isinstance(node, ast.ImportFrom):
             names |= {alias.name for alias in node.names}
-    assert not names & BACKEND_ONLY
+    # The Python face promises TrainingArguments as a return type; it gets them from the backend.
+    allowed = {"TrainingArguments"} if room_of(path) == "api" else set()
+    assert names & BACKEND_ONLY <= allowed
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py" and p.parent != PACKAGE], ids=label)

@@ -73,7 +73,7 @@ def test_help(command: str):
 def test_version_is_that_of_the_package():
     import tomllib
 
-    project = tomllib.loads((data_root() / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = tomllib.loads((GOLDEN.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["version"] == __version__
     assert succeed("--version") == f"forge {__version__}\n"
 

@@ -1,0 +1,1 @@
+"""One section of the plan becomes one live object."""

@@ -1,0 +1,122 @@
+"""Places LoRA adapters and freezes layers, as a plan says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import set_seed
+
+from forge_cli.errors import ModelError
+from forge_cli.parts.freeze import FreezeReport, count_frozen_layers, freeze_layers
+from forge_cli.parts.layers import find_decoder_layers, find_layer_prefix, find_linear_names
+from forge_cli.parts.monitor import count_parameters
+from forge_cli.schema.adapter import FreezeSection, LoraSection
+from forge_cli.schema.runspec import RunSpec
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What is trained.
+
+    Attributes:
+        num_parameters: All parameters, adapters included.
+        num_trainable_parameters: Parameters that are trained.
+        target_modules: Names that got an adapter; empty without LoRA.
+        freeze: What freezing did; ``None`` without it.
+    """
+
+    num_parameters: int
+    num_trainable_parameters: int
+    target_modules: tuple[str, ...]
+    freeze: FreezeReport | None
+
+
+def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.Module, TrainableReport]:
+    """Wraps the model with adapters, freezes layers and reports what is left to train.
+
+    The base of a quantised model is frozen by the wrap. Its norms and embeddings stay in their loaded format:
+    PEFT's ``prepare_model_for_kbit_training`` would copy all of them to float32 for no gain under mixed precision.
+
+    Raises:
+        ModelError: A target or pattern matches nothing, or nothing is left to train.
+    """
+    num_layers = len(find_decoder_layers(model))
+    num_frozen = count_frozen_layers(spec.freeze.first if spec.freeze else None, num_layers)
+    targets: tuple[str, ...] = ()
+    if spec.lora:
+        # PEFT draws the adapters' start from the global generator.
+        set_seed(spec.seed)
+        config = build_lora_config(spec.lora, model, num_frozen)
+        model = get_peft_model(model, config)
+        targets = tuple(sorted(config.target_modules))
+        _check_adapters(model, num_frozen, num_layers)
+    report = _freeze(model, spec.freeze, num_frozen) if spec.freeze else None
+    total, trainable = count_parameters(model)
+    return model, TrainableReport(total, trainable, targets, report)
+
+
+def build_lora_config(lora: LoraSection, model: torch.nn.Module | None = None, num_frozen_layers: int = 0) -> LoraConfig:
+    """Builds PEFT's settings; with a model, ``all-linear`` becomes names and frozen layers get no adapters.
+
+    Args:
+        lora: The section.
+        model: The loaded model; ``None`` leaves ``all-linear`` to PEFT.
+        num_frozen_layers: Decoder layers from the input without adapters.
+
+    Raises:
+        ModelError: A target name matches no linear layer; lists the names there are.
+    """
+    options: dict[str, object] = {}
+    targets = lora.target_modules
+    if model is not None:
+        names = find_linear_names(model)
+        if targets == "all-linear":
+            targets = names
+        missing = [name for name in targets if not _matches(model, name)]
+        if missing:
+            raise ModelError(
+                f"lora.target_modules: {', '.join(missing)} matches no module",
+                why="an adapter that is placed nowhere trains nothing",
+                fix=f"the linear layers of this model are {', '.join(names)}",
+            )
+        if num_frozen_layers:
+            # PEFT takes layer numbers only beside a list of names, and the name of the list of layers.
+            prefix = find_layer_prefix(model)
+            options["layers_to_transform"] = list(range(num_frozen_layers, len(find_decoder_layers(model))))
+            options["layers_pattern"] = prefix.rsplit(".", 1)[-1]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        **options,
+    )
+
+
+def _matches(model: torch.nn.Module, target: str) -> bool:
+    return any(name == target or name.endswith("." + target) for name, _ in model.named_modules())
+
+
+def _check_adapters(model: torch.nn.Module, num_frozen: int, num_layers: int) -> None:
+    """Asserts what was asked for: adapters in every layer above the frozen ones and in none of those."""
+    layers = find_decoder_layers(model)
+    has_adapter = [any("lora_" in name for name, _ in layer.named_parameters()) for layer in layers]
+    if has_adapter != [index >= num_frozen for index in range(num_layers)]:
+        placed = [index for index, present in enumerate(has_adapter) if present]
+        raise ModelError(
+            f"adapters were placed in layers {placed}, not in {num_frozen} to {num_layers - 1}",
+            why="PEFT matched other modules than the plan names",
+            fix="give lora.target_modules as names of linear layers inside the decoder layers",
+        )
+
+
+def _freeze(model: torch.nn.Module, freeze: FreezeSection, num_frozen: int) -> FreezeReport:
+    embeddings = freeze.embeddings if freeze.embeddings is not None else freeze.first is not None
+    return freeze_layers(model, num_frozen, embeddings=embeddings, patterns=freeze.patterns)

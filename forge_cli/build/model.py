@@ -1,0 +1,163 @@
+"""Loads the tokenizer and the base model of a plan."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from forge_cli.build.compute import Compute, dtype_name
+from forge_cli.errors import MachineError, ModelError
+from forge_cli.facts.model_facts import locate_model
+from forge_cli.schema.model import QuantizationSection
+from forge_cli.schema.runspec import RunSpec
+
+
+def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer beside the model.
+
+    A tokenizer without a pad token pads with its end token: labels are made by position, so padding is never
+    trained and a real end token is never masked.
+
+    Raises:
+        ModelError: It cannot be loaded, or is not a fast tokenizer (labels need character offsets).
+    """
+    place = locate_model(spec.model.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, revision=spec.model.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"the tokenizer of {spec.model.name} cannot be loaded: {_first_line(error)}", where="model.name"
+        ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{spec.model.name} has no fast tokenizer", why="labels need the character of every token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
+    """Loads the base model onto the device: safetensors only, no remote code, quantised if the plan says so.
+
+    Raises:
+        ModelError: The weights are missing, pickled or of an unknown kind.
+        MachineError: bitsandbytes is wanted and not installed.
+    """
+    place = locate_model(spec.model.name)
+    options: dict[str, object] = {
+        "revision": spec.model.revision,
+        "dtype": compute.weight_dtype,
+        "attn_implementation": choose_attention(spec, compute),
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "device_map": {"": compute.device},
+    }
+    if spec.quantization:
+        options["quantization_config"] = build_quantization(spec.quantization, compute.quantized_dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(place, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"{spec.model.name} cannot be loaded: {_first_line(error)}",
+            where="model.name",
+            fix="check the name, or download it to a folder and give its path (safetensors only)",
+        ) from error
+    model.config.use_cache = False
+    if compute.device == "cpu":
+        keep_4bit_exact(model)
+    return model
+
+
+def keep_4bit_exact(model: torch.nn.Module) -> None:
+    """Keeps 4-bit weights as they are on CPUs with bfloat16 units.
+
+    There bitsandbytes repacks a layer at its first evaluation, for good, with scales rounded to bfloat16: training
+    would go on with other weights than before, and layers whose width is no multiple of the block size crash.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def build_quantization(quantization: QuantizationSection, compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Builds the bitsandbytes settings.
+
+    Raises:
+        MachineError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MachineError(
+            "quantization needs bitsandbytes, which is not installed",
+            where="quantization",
+            fix='pip install "forge-finetune[qlora]"',
+        )
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_quant_storage=getattr(torch, quantization.bnb_4bit_quant_storage),
+    )
+
+
+def choose_attention(spec: RunSpec, compute: Compute) -> str:
+    """Chooses the attention code: flash attention where it is installed and the formats allow it, else sdpa.
+
+    Raises:
+        MachineError: flash_attention_2 is asked for and cannot run here.
+    """
+    wanted = spec.model.attn_implementation
+    can_flash = (
+        importlib.util.find_spec("flash_attn") is not None
+        and compute.device.startswith("cuda")
+        and compute.dtype is not torch.float32
+    )
+    if wanted == "flash_attention_2" and not can_flash:
+        raise MachineError(
+            "flash_attention_2 cannot run here",
+            where="model.attn_implementation",
+            why="it needs a CUDA GPU, the flash-attn package and bf16 or fp16",
+            fix="use model.attn_implementation: auto or sdpa",
+        )
+    if wanted != "auto":
+        return wanted
+    return "flash_attention_2" if can_flash else "sdpa"
+
+
+def check_lengths(spec: RunSpec, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compares the loaded model with its tokenizer and with ``data.max_length``.
+
+    Raises:
+        ModelError: The tokenizer knows more tokens than the embedding has rows, or rows are longer than positions.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {rows} embeddings",
+            why="a token without an embedding ends the run in the middle",
+            fix="use the tokenizer that belongs to the model",
+        )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions and spec.data.max_length > positions:
+        raise ModelError(
+            f"data.max_length is {spec.data.max_length} and the model has {positions} positions",
+            fix=f"set data.max_length: {positions} or less",
+        )
+
+
+def describe_model(spec: RunSpec, compute: Compute, attention: str) -> str:
+    """Says in one line what was loaded and in which formats."""
+    held = dtype_name(compute.weight_dtype)
+    if spec.quantization:
+        kind = spec.quantization.bnb_4bit_quant_type if spec.quantization.bits == 4 else "int8"
+        held = f"{kind} ({spec.quantization.bits}-bit), rest {held}"
+    return f"{spec.model.name}: weights {held}, compute {dtype_name(compute.dtype)}, attention {attention}"
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__

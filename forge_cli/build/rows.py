@@ -1,0 +1,166 @@
+"""Reads rows from files, the hub and Forge's own examples, and tells their format."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_cli.errors import DataError, Problem
+from forge_cli.paths import assets_root
+
+EXAMPLE_PREFIX = "forge:"
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+# Columns that a row of each format has; the first match decides.
+FORMATS: dict[str, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as they were read.
+
+    Attributes:
+        name: What the run file calls them.
+        rows: The rows, in order.
+        places: Where each row stands: a line of a file, or its number.
+    """
+
+    name: str
+    rows: list[Mapping[str, object]]
+    places: list[str]
+
+
+def read_rows(name: str, split: str = "train") -> Rows:
+    """Reads all rows of a file, a hub data set or an example of Forge's own.
+
+    Raises:
+        DataError: A line is not valid, the file is empty, or the data set cannot be loaded. Every bad line of a
+            file is reported at once (the first 20).
+    """
+    if name.startswith(EXAMPLE_PREFIX):
+        return _read_file(name, assets_root() / f"{name.removeprefix(EXAMPLE_PREFIX)}.jsonl")
+    path = Path(name).expanduser()
+    if path.suffix in FILE_SUFFIXES:
+        return _read_file(name, path)
+    return _read_hub(name, split)
+
+
+def find_format(rows: Rows, wanted: str = "auto") -> str:
+    """Tells the format from the columns of all rows.
+
+    Raises:
+        DataError: Rows differ, or have none of the known columns; names rows.
+    """
+    found: dict[str, str] = {}
+    strangers: list[Problem] = []
+    for row, place in zip(rows.rows, rows.places, strict=True):
+        kind = wanted if wanted != "auto" else next((k for k, c in FORMATS.items() if all(x in row for x in c)), "")
+        missing = [column for column in FORMATS.get(kind, ()) if column not in row]
+        if not kind or missing:
+            what = f"columns {', '.join(map(str, row)) or 'none'}"
+            lacks = f"; {', '.join(missing)} is missing" if missing else ""
+            strangers.append(Problem(f"{rows.name} {place}", "", what + lacks, "", _wanted_columns(wanted)))
+        else:
+            found.setdefault(kind, place)
+    if strangers:
+        raise DataError.from_problems(strangers[:20])
+    if len(found) > 1:
+        shown = ", ".join(f"{kind} at {place}" for kind, place in found.items())
+        raise DataError(
+            f"rows of different formats: {shown}",
+            where=rows.name,
+            why="a file is read as one format; guessing row by row would train on the wrong columns",
+            fix="split the file by format, or set data.format",
+        )
+    return next(iter(found))
+
+
+def _wanted_columns(wanted: str) -> str:
+    kinds = [wanted] if wanted != "auto" else list(FORMATS)
+    return "wanted: " + " or ".join(" + ".join(FORMATS[kind]) for kind in kinds)
+
+
+def _read_file(name: str, path: Path) -> Rows:
+    if not path.is_file():
+        raise DataError("no such file", where=name, fix="check the path; it is relative to the current folder")
+    if path.stat().st_size == 0:
+        raise DataError("the file is empty", where=name)
+    try:
+        if path.suffix == ".parquet":
+            return _number(name, _read_parquet(path))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix == ".jsonl":
+                return _read_lines(name, file)
+            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
+    except UnicodeDecodeError as error:
+        raise DataError(f"not UTF-8 at byte {error.start}", where=name, fix="save the file as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(error.msg, where=f"{name}:{error.lineno}:{error.colno}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError("the file is not a list of rows", where=name, fix='write [{"messages": [...]}, ...]')
+    return _number(name, rows)
+
+
+def _read_lines(name: str, file: Iterator[str]) -> Rows:
+    rows: list[Mapping[str, object]] = []
+    places: list[str] = []
+    problems: list[Problem] = []
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            column = getattr(error, "colno", 1)
+            shown = ascii(line.strip()[:60])
+            problems.append(Problem(f"{name}:{number}:{column}", "", f"not JSON: {error}", "", f"the line is {shown}"))
+            continue
+        if not isinstance(row, dict):
+            problems.append(Problem(f"{name}:{number}:1", "", f"a row is a mapping, not {type(row).__name__}"))
+            continue
+        rows.append(row)
+        places.append(f"line {number}")
+    if problems:
+        raise DataError.from_problems(problems[:20])
+    return _checked(Rows(name, rows, places))
+
+
+def _read_parquet(path: Path) -> list[dict]:
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except Exception as error:
+        raise DataError(f"not a readable parquet file: {error}", where=str(path)) from error
+
+
+def _read_hub(name: str, split: str) -> Rows:
+    from datasets import load_dataset
+
+    try:
+        return _number(name, load_dataset(name, split=split).to_list())
+    except Exception as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise DataError(
+            f"the data set cannot be loaded: {first_line}",
+            where=name,
+            fix=f"check the name and the split ({split}); a file must end in {', '.join(FILE_SUFFIXES)}",
+        ) from error
+
+
+def _number(name: str, rows: list) -> Rows:
+    return _checked(Rows(name, rows, [f"row {number}" for number in range(1, len(rows) + 1)]))
+
+
+def _checked(rows: Rows) -> Rows:
+    if not rows.rows:
+        raise DataError("there are no rows", where=rows.name)
+    return rows

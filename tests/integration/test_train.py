@@ -1,0 +1,249 @@
+"""Whole runs of the embedded model through the same door as `forge train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from forge_cli.backend.sft import EMA_PREFIX, ForgeSFTTrainer
+from forge_cli.errors import ConfigError, DataError, DivergedError, Interrupted, MachineError
+from forge_cli.resolve.plan import resolve_mapping, resolve_plan
+from forge_cli.run.execute import train, train_plan
+from forge_cli.run.reporter import QuietReporter
+
+TINY = Path(__file__).parents[2] / "forge_cli" / "assets" / "forge-tiny"
+LORA = {"r": 4, "lora_alpha": 8}
+EVAL = {"eval": "forge:quickstart/heldout"}
+
+
+def run(settings: dict):
+    return train_plan(resolve_mapping(settings), reporter=QuietReporter())
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def list_tensors(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    """Reads every tensor of every file in a run folder."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.suffix == ".safetensors":
+            found += [(f"{path}:{name}", tensor) for name, tensor in load_file(path).items()]
+        elif path.suffix in (".pt", ".bin", ".pth"):
+            content = torch.load(path, weights_only=False)
+            stack = [content]
+            while stack:
+                item = stack.pop()
+                if isinstance(item, torch.Tensor):
+                    found.append((str(path), item))
+                elif isinstance(item, dict):
+                    stack.extend(item.values())
+                elif isinstance(item, (list, tuple)):
+                    stack.extend(item)
+    return found
+
+
+def test_a_run_leaves_everything_it_promises(tiny_settings):
+    result = run(
+        tiny_settings(
+            data=EVAL,
+            lora=LORA,
+            ema={"decay": 0.5},
+            evaluation={"eval_steps": 2},
+            report={"samples": 2, "max_new_tokens": 8, "prompts": ["Hello"]},
+            checkpoint={"save_steps": 1},
+            name="whole",
+        )
+    )
+    files = {path.name for path in result.folder.iterdir()}
+    assert files == {
+        "adapter", "adapter-raw", "checkpoints", "logs", "metrics.jsonl", "plan.yaml", "report.json", "report.md"
+    }  # fmt: skip
+    assert not list(result.folder.rglob("*.partial"))
+    assert {"chat_template.jinja", "tokenizer.json"} <= {p.name for p in result.weights.iterdir()}
+
+    records = read_metrics(result.folder)
+    assert [r["step"] for r in records if r.get("loss") is not None] == [1, 2, 3]
+    assert [r["step"] for r in records if "eval_loss" in r] == [0, 2, 3]
+    report = json.loads((result.folder / "report.json").read_text())
+    assert report == json.loads(json.dumps(result.report))
+    assert report["steps"] == 3 and report["tokens"] == sum(r["tokens"] for r in records if "tokens" in r)
+    assert report["losses"]["eval_before"] == records[0]["eval_loss"]
+    assert report["losses"]["eval_ema"] not in (None, report["losses"]["eval_raw"])
+    assert [s["shown"] for s in report["samples"]][-1] == "Hello" and len(report["samples"]) == 3
+    assert report["exact_match_ratio"] == {"before": None, "after": None}
+    assert report["plan"]["lora.r"] == {"value": 4, "from": "settings"} or report["plan"]["lora.r"]["value"] == 4
+    assert "held-out loss" in (result.folder / "report.md").read_text()
+
+    again = resolve_plan(result.folder / "plan.yaml")
+    assert again.digest == report["digest"]
+
+
+def test_the_adapter_holds_the_average_and_the_raw_weights_lie_beside_it(tiny_settings):
+    result = run(tiny_settings(lora=LORA, ema={"decay": 0.5}, checkpoint={"save_steps": 3}, name="ema"))
+    averaged = load_file(result.folder / "adapter" / "adapter_model.safetensors")
+    raw = load_file(result.folder / "adapter-raw" / "adapter_model.safetensors")
+    checkpoint = result.folder / "checkpoints" / "checkpoint-3"
+    saved_raw = load_file(checkpoint / "adapter_model.safetensors")
+    saved_average = load_file(checkpoint / "ema.safetensors")
+    assert averaged.keys() == raw.keys() == saved_raw.keys()
+    for name in raw:
+        assert torch.equal(raw[name], saved_raw[name])
+        key = name.replace("lora_A.weight", "lora_A.default.weight").replace("lora_B.weight", "lora_B.default.weight")
+        assert torch.equal(averaged[name], saved_average[key])
+    assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+
+
+def test_ema_is_restored_when_a_run_is_resumed(tiny_settings, monkeypatch):
+    """Straight to step 4, against stop at 2 and resume: average and weights are the same bits."""
+    training = {"max_steps": 4, "lr_scheduler_type": "constant"}
+    settings = tiny_settings(lora=LORA, ema={"decay": 0.5}, checkpoint={"save_steps": 2, "save_total_limit": 4})
+    straight = run({**settings, "training": {**settings["training"], **training}, "name": "straight"})
+    first = straight.folder / "checkpoints" / "checkpoint-2"
+    plain_train = ForgeSFTTrainer.train
+
+    def resume(self, *args, **kwargs):
+        # The checkpoint is looked for in the run's own folder, as a resume within a run would find it.
+        import shutil
+
+        shutil.copytree(first, Path(self.args.output_dir) / "checkpoint-2")
+        return plain_train(self, resume_from_checkpoint=str(first))
+
+    monkeypatch.setattr(ForgeSFTTrainer, "train", resume)
+    resumed = run({**settings, "training": {**settings["training"], **training}, "name": "resumed"})
+    assert [r["step"] for r in read_metrics(resumed.folder) if r.get("loss") is not None] == [3, 4]
+    for name in ("adapter", "adapter-raw"):
+        a, b = (load_file(r.folder / name / "adapter_model.safetensors") for r in (straight, resumed))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+
+
+def test_ema_weights_leave_the_model_when_evaluation_fails(tiny_settings, monkeypatch):
+    seen = []
+
+    def fail(self, dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+        seen.append((metric_key_prefix, self.ema.average.is_applied if self.ema.average else None, self))
+        if metric_key_prefix == EMA_PREFIX:
+            raise RuntimeError("evaluation failed")
+        return {"eval_loss": 1.0}
+
+    monkeypatch.setattr(ForgeSFTTrainer.__bases__[0], "evaluate", fail)
+    with pytest.raises(RuntimeError, match="evaluation failed"):
+        run(tiny_settings(data=EVAL, lora=LORA, ema={"decay": 0.5}, evaluation={"eval_steps": 1}))
+    assert [entry[:2] for entry in seen] == [("eval", None), ("eval", False), (EMA_PREFIX, True)]
+    assert not seen[-1][2].ema.average.is_applied
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_nan_stops_with_code_10_and_no_file_holds_one(tiny_settings, monkeypatch, step):
+    compute_loss = ForgeSFTTrainer.compute_loss
+    calls = []
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if model.training:
+            calls.append(1)
+        # Two micro steps make a step; the second one of the given step turns bad.
+        return loss * float("nan") if len(calls) == 2 * step else loss
+
+    monkeypatch.setattr(ForgeSFTTrainer, "compute_loss", poisoned)
+    settings = tiny_settings(lora=LORA, ema={"decay": 0.5}, checkpoint={"save_steps": 1}, name="nan")
+    with pytest.raises(DivergedError) as error:
+        run(settings)
+    assert error.value.exit_code == 10
+    assert f"step {step}" in str(error.value)
+    folder = Path(settings["output_dir"]) / "nan"
+    last = read_metrics(folder)[-1]
+    assert last["diverged"] and last["step"] == step and len(last["rows"]) == 4
+    assert str(last["rows"][0]) in str(error.value)
+    tensors = list_tensors(folder)
+    assert bool(tensors) == (step > 1)
+    assert [name for name, t in tensors if t.is_floating_point() and not torch.isfinite(t).all()] == []
+    assert not (folder / "adapter").exists()
+
+
+def test_packing_trains_the_same_tokens_as_padding(tiny_settings, tmp_path):
+    """Rows as one batch: the loss over all trained tokens does not depend on how they are laid out."""
+    rows = (TINY.parent / "quickstart" / "train.jsonl").read_text().splitlines()[:24]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    losses, tokens = [], []
+    for packing in (False, True):
+        settings = tiny_settings(lora=LORA, data={"train": f"{tmp_path}/rows.jsonl", "packing": packing})
+        batch = {"per_device_train_batch_size": 24, "gradient_accumulation_steps": 1, "max_steps": 1}
+        result = run({**settings, "training": {**settings["training"], **batch}})
+        record = read_metrics(result.folder)[0]
+        losses.append(record["loss"])
+        tokens.append(record["tokens"])
+    assert tokens[0] == tokens[1]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_accumulation_equals_a_large_batch(tiny_settings):
+    losses = []
+    for batch, accumulation in ((8, 1), (1, 8)):
+        settings = tiny_settings(lora=LORA)
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        result = run({**settings, "training": {**settings["training"], **sizes}})
+        losses.append([r["loss"] for r in read_metrics(result.folder)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_evaluating_a_4_bit_model_does_not_change_its_training(tiny_settings):
+    """bitsandbytes repacks weights at the first evaluation on some CPUs; gradients are wrong from then on."""
+    losses = []
+    for changes in ({}, {"data": EVAL, "report": {"samples": 2, "max_new_tokens": 4}}):
+        result = run(tiny_settings(lora=LORA, quantization={"bits": 4}, **changes))
+        losses.append([(r["loss"], r["grad_norm"]) for r in read_metrics(result.folder) if r.get("loss") is not None])
+    assert losses[0] == losses[1]
+
+
+def test_full_training_of_half_the_layers(tiny_settings, load_tiny):
+    result = run(tiny_settings(freeze={"first": 4}))
+    saved, base = load_file(result.weights / "model.safetensors"), dict(load_tiny().named_parameters())
+    same = {name for name, tensor in saved.items() if torch.equal(tensor, base[name])}
+    frozen = {n for n in saved if "embed" in n or any(f"layers.{i}." in n for i in range(4))}
+    assert same == frozen
+
+
+def test_a_named_run_is_never_overwritten_unasked(tiny_settings):
+    settings = tiny_settings(lora=LORA, name="mine")
+    first = run(settings)
+    before = (first.folder / "report.json").read_bytes()
+    with pytest.raises(MachineError, match="exists already"):
+        run(settings)
+    assert (first.folder / "report.json").read_bytes() == before
+    train_plan(resolve_mapping(settings), overwrite=True, reporter=QuietReporter())
+    assert (first.folder / "report.json").read_bytes() != before
+
+
+def test_data_is_checked_before_weights_are_read(tiny_settings, tmp_path, monkeypatch):
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    monkeypatch.setattr("forge_cli.build.model.load_model", lambda *args: pytest.fail("weights were read"))
+    with pytest.raises(DataError, match="no assistant turn"):
+        run(tiny_settings(data={"train": str(rows)}))
+
+
+def test_ctrl_c_ends_with_130_and_a_whole_folder(tiny_settings, monkeypatch):
+    def interrupt(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ForgeSFTTrainer, "training_step", interrupt)
+    settings = tiny_settings(lora=LORA, name="stopped")
+    with pytest.raises(Interrupted) as error:
+        run(settings)
+    assert error.value.exit_code == 130
+    assert not list((Path(settings["output_dir"]) / "stopped").rglob("*.partial"))
+
+
+def test_train_takes_a_file_and_overrides(tiny_settings, tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(json.dumps(tiny_settings(lora=LORA)))
+    result = train(path, ["training.max_steps=1", "name=from-file"], reporter=QuietReporter())
+    assert result.folder.name == "from-file" and result.report["steps"] == 1
+    with pytest.raises(ConfigError):
+        train(path, ["training.max_step=1"])
