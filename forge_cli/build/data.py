@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 
 from datasets import Dataset
 
-from forge_cli.build.rows import Rows, find_format, read_rows
+from forge_cli.build.rows import LISTED_ROWS, Rows, find_format, read_rows, refuse_rows
 from forge_cli.errors import DataError, Problem
-from forge_cli.parts.rendering import (
-    IGNORED,
-    RowError,
-    Tokens,
-    render_completion,
-    render_messages,
-    render_prompt,
-    render_text,
-)
+from forge_cli.parts.rendering import Message, RenderedRow, Renderer, RowError, Tokens
 from forge_cli.schema.data import DataSection
 from forge_cli.schema.runspec import RunSpec
 
-LISTED_ROWS = 20
+BATCH_ROWS = 1000  # tokenised at once
 
 
 @dataclass
 class SplitReport:
-    """What became of the rows of one split; tokens are counted after cutting."""
+    """What became of the rows of one split; tokens are counted after cutting, the first overlong rows are named."""
 
     name: str
     format: str
@@ -58,12 +50,12 @@ class Question:
     """A prompt and the answer that is wanted, for generation.
 
     Attributes:
-        prompt: Rendered text up to where the model is to answer.
+        prompt: Token ids ``[T]`` up to where the model is to answer.
         shown: The last thing the user said, for people.
         wanted: The reference answer.
     """
 
-    prompt: str
+    prompt: list[int]
     shown: str
     wanted: str
 
@@ -75,7 +67,7 @@ class PreparedData:
     Attributes:
         train: Columns ``input_ids``, ``labels``, ``rows`` (the number of the source row, once per token).
         eval: Columns ``input_ids``, ``labels``; ``None`` without an evaluation split.
-        questions: Evaluation rows as prompts and wanted answers.
+        questions: Evaluation rows that are evaluated uncut, as prompts and wanted answers.
         reports: One report per split, training first.
     """
 
@@ -99,13 +91,12 @@ def prepare_data(spec: RunSpec, tokenizer) -> PreparedData:
     held_back = _read_eval(spec.data)
     if spec.data.eval_fraction:
         train, held_back = _split(train, spec.data.eval_fraction, spec.seed)
-    train_set, train_report = _tokenize_split("train", train, spec.data, tokenizer, with_rows=True)
-    reports, eval_set, questions = [train_report], None, ()
-    if held_back is not None:
-        eval_set, eval_report = _tokenize_split("eval", held_back, spec.data, tokenizer, with_rows=False)
-        questions = tuple(_build_questions(held_back, eval_report.format, tokenizer))
-        reports.append(eval_report)
-    return PreparedData(train_set, eval_set, questions, tuple(reports))
+    renderer = Renderer(tokenizer)
+    train_set, train_report, _ = _prepare_split("train", train, spec.data, renderer)
+    if held_back is None:
+        return PreparedData(train_set, None, (), (train_report,))
+    eval_set, eval_report, questions = _prepare_split("eval", held_back, spec.data, renderer)
+    return PreparedData(train_set, eval_set, tuple(questions), (train_report, eval_report))
 
 
 def _read_eval(data: DataSection) -> Rows | None:
@@ -130,49 +121,65 @@ def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     return part(False), part(True)
 
 
-def _tokenize_split(
-    split: str, rows: Rows, data: DataSection, tokenizer, *, with_rows: bool
-) -> tuple[Dataset, SplitReport]:
+def _prepare_split(
+    split: str, rows: Rows, data: DataSection, renderer: Renderer
+) -> tuple[Dataset, SplitReport, list[Question]]:
+    """Prepares one split: training rows carry their numbers, evaluation rows become questions as well."""
     kind = find_format(rows, data.format)
     report = SplitReport(split, kind, len(rows.rows))
     problems: list[Problem] = []
-    columns: dict[str, list] = {"input_ids": [], "labels": []} | ({"rows": []} if with_rows else {})
-    for row, place in zip(rows.rows, rows.places, strict=True):
-        try:
-            tokens = _fit(_render_row(row, kind, tokenizer, data.train_on), place, data, report)
-        except RowError as error:
-            problems.append(Problem(f"{rows.name} {place}", "", str(error)))
+    questions: list[Question] = []
+    columns: dict[str, list] = {"input_ids": [], "labels": []} | ({"rows": []} if split == "train" else {})
+    for row, place, result in _tokenize_rows(rows, kind, renderer, data.train_on):
+        if isinstance(result, RowError):
+            problems.append(Problem(f"{rows.name} {place}", "", str(result)))
             continue
+        tokens = _fit(result, place, data, report)
         if tokens is None:
             continue
         columns["input_ids"].append(tokens.input_ids)
         columns["labels"].append(tokens.labels)
-        if with_rows:
+        report.trained_tokens += tokens.num_trained
+        if split == "train":
             # "line 12" or "row 12": the number a person can look up.
             columns["rows"].append([int(place.split()[-1])] * len(tokens.input_ids))
-        report.trained_tokens += tokens.num_trained
-    _refuse(problems, report, rows, data)
+        elif tokens is result and (question := _build_question(row, kind, renderer)):
+            questions.append(question)
+    if problems:
+        refuse_rows(rows.name, problems)
+    _refuse_overlong(report, rows, data)
     lengths = sorted(len(ids) for ids in columns["input_ids"])
     if not lengths:
         raise DataError(f"no row is left for {split}", where=rows.name, why=report.line())
     report.rows_kept, report.tokens = len(lengths), sum(lengths)
     report.longest_tokens, report.median_tokens = lengths[-1], lengths[len(lengths) // 2]
-    return Dataset.from_dict(columns), report
+    return Dataset.from_dict(columns), report, questions
 
 
-def _refuse(problems: list[Problem], report: SplitReport, rows: Rows, data: DataSection) -> None:
-    """Raises when rows are bad, or too long with ``on_overlong: error``."""
-    if problems:
-        more = len(problems) - LISTED_ROWS
-        listed = problems[:LISTED_ROWS]
-        if more > 0:
-            listed.append(Problem(rows.name, "", f"and {more} more rows"))
-        raise DataError.from_problems(listed)
+def _tokenize_rows(
+    rows: Rows, kind: str, renderer: Renderer, train_on: str
+) -> Iterator[tuple[Mapping[str, object], str, Tokens | RowError]]:
+    """Yields every row, its place, and its tokens or what is wrong with it."""
+    for start in range(0, len(rows.rows), BATCH_ROWS):
+        batch = rows.rows[start : start + BATCH_ROWS]
+        results: list[RenderedRow | RowError] = []
+        for row in batch:
+            try:
+                results.append(_render_row(row, kind, renderer, train_on))
+            except RowError as error:
+                results.append(error)
+        tokenized = renderer.tokenize([result for result in results if isinstance(result, RenderedRow)])
+        for row, place, result in zip(batch, rows.places[start:], results, strict=False):
+            yield row, place, result if isinstance(result, RowError) else next(tokenized)
+
+
+def _refuse_overlong(report: SplitReport, rows: Rows, data: DataSection) -> None:
+    """Raises when rows are too long with ``on_overlong: error``."""
     if report.overlong_places and data.on_overlong == "error":
-        shown = ", ".join(report.overlong_places[:5])
+        more = ", ..." if report.rows_dropped > 5 else ""
         raise DataError(
-            f"{len(report.overlong_places)} of {len(rows.rows)} rows are longer than data.max_length "
-            f"{data.max_length}; the longest has {report.longest_tokens} tokens ({shown})",
+            f"{report.rows_dropped} of {len(rows.rows)} rows are longer than data.max_length {data.max_length}; "
+            f"the longest has {report.longest_tokens} tokens ({', '.join(report.overlong_places[:5])}{more})",
             where=rows.name,
             why="cutting or dropping them unasked would change what is learned",
             fix=f"raise data.max_length to {report.longest_tokens}, or set data.on_overlong: drop or truncate",
@@ -181,34 +188,32 @@ def _refuse(problems: list[Problem], report: SplitReport, rows: Rows, data: Data
 
 def _fit(tokens: Tokens, place: str, data: DataSection, report: SplitReport) -> Tokens | None:
     """Applies ``data.max_length``; ``None`` drops the row. A cut row gets no end token it did not have."""
-    if not tokens.num_trained:
-        raise RowError("no token of this row is trained")
     length = len(tokens.input_ids)
     if length <= data.max_length:
         return tokens
-    report.overlong_places.append(place)
+    if len(report.overlong_places) < LISTED_ROWS:
+        report.overlong_places.append(place)
     report.longest_tokens = max(report.longest_tokens, length)
     if data.on_overlong == "truncate":
         cut = Tokens(tokens.input_ids[: data.max_length], tokens.labels[: data.max_length])
-        if any(label != IGNORED for label in cut.labels):
+        if cut.num_trained:
             report.rows_truncated += 1
             return cut
     report.rows_dropped += 1
     return None
 
 
-def _render_row(row: Mapping[str, object], kind: str, tokenizer, train_on: str) -> Tokens:
+def _render_row(row: Mapping[str, object], kind: str, renderer: Renderer, train_on: str) -> RenderedRow:
     """Renders one row of any format."""
     if kind == "text":
-        return render_text(tokenizer, row["text"])
-    prompt, completion = _as_messages(row, kind, tokenizer)
+        return renderer.render_text(row["text"])
+    prompt, completion = _as_messages(row, kind, renderer)
     if isinstance(prompt, str):
-        return render_completion(tokenizer, prompt, completion, train_on=train_on)
-    start = len(prompt) if kind != "messages" else 0
-    return render_messages(tokenizer, [*prompt, *completion], train_on=train_on, trained_from=start)
+        return renderer.render_completion(prompt, completion, train_on=train_on)
+    return renderer.render_messages([*prompt, *completion], train_on=train_on, trained_from=len(prompt))
 
 
-def _as_messages(row: Mapping[str, object], kind: str, tokenizer) -> tuple[list | str, list | str]:
+def _as_messages(row: Mapping[str, object], kind: str, renderer: Renderer) -> tuple[list | str, list | str]:
     """Returns (prompt, completion) as lists of messages, or as text where the row is plain text."""
     if kind == "messages":
         if not isinstance(row["messages"], list):
@@ -225,22 +230,20 @@ def _as_messages(row: Mapping[str, object], kind: str, tokenizer) -> tuple[list 
     if not all(isinstance(text, str) for text in (instruction, extra, output)):
         raise RowError("instruction, input and output must be text")
     question = f"{instruction}\n\n{extra}" if extra else instruction
-    if tokenizer.chat_template:
+    if renderer.tokenizer.chat_template:
         return [{"role": "user", "content": question}], [{"role": "assistant", "content": output}]
     return question + "\n\n", output
 
 
-def _build_questions(rows: Rows, kind: str, tokenizer) -> Sequence[Question]:
-    """Turns rows into prompts with a wanted answer: the last assistant turn, or the completion."""
-    questions = []
-    for row in rows.rows if kind != "text" else ():
-        prompt, completion = _as_messages(row, kind, tokenizer)
-        if isinstance(prompt, str):
-            questions.append(Question(prompt, prompt.strip(), completion.strip()))
-            continue
-        turns = [*prompt, *completion]
-        last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-        if last:
-            text = render_prompt(tokenizer, turns[:last])
-            questions.append(Question(text, turns[last - 1]["content"], turns[last]["content"].strip()))
-    return questions
+def _build_question(row: Mapping[str, object], kind: str, renderer: Renderer) -> Question | None:
+    """Turns a row into a prompt with a wanted answer: the completion, or the last assistant turn."""
+    if kind == "text":
+        return None
+    prompt, completion = _as_messages(row, kind, renderer)
+    if isinstance(prompt, str):
+        return Question(renderer.encode_prompt(prompt), prompt.strip(), completion.strip())
+    turns: list[Message] = [*prompt, *completion]
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    if not last:
+        return None
+    return Question(renderer.encode_prompt(turns[:last]), turns[last - 1]["content"], turns[last]["content"].strip())

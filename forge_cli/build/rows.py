@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from forge_cli.errors import DataError, Problem
 from forge_cli.paths import assets_root
 
 EXAMPLE_PREFIX = "forge:"
+LISTED_ROWS = 20
 FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 # Columns that a row of each format has; the first match decides.
@@ -71,7 +74,7 @@ def find_format(rows: Rows, wanted: str = "auto") -> str:
         else:
             found.setdefault(kind, place)
     if strangers:
-        raise DataError.from_problems(strangers[:20])
+        refuse_rows(rows.name, strangers)
     if len(found) > 1:
         shown = ", ".join(f"{kind} at {place}" for kind, place in found.items())
         raise DataError(
@@ -81,6 +84,14 @@ def find_format(rows: Rows, wanted: str = "auto") -> str:
             fix="split the file by format, or set data.format",
         )
     return next(iter(found))
+
+
+def refuse_rows(name: str, problems: list[Problem]) -> NoReturn:
+    """Raises one error that lists the first 20 bad rows and counts the others."""
+    listed, more = problems[:LISTED_ROWS], len(problems) - LISTED_ROWS
+    if more > 0:
+        listed.append(Problem(name, "", f"and {more} more rows"))
+    raise DataError.from_problems(listed)
 
 
 def _wanted_columns(wanted: str) -> str:
@@ -99,11 +110,14 @@ def _read_file(name: str, path: Path) -> Rows:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix == ".jsonl":
                 return _read_lines(name, file)
-            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
+            rows = json.load(file) if path.suffix == ".json" else _read_csv(name, file)
     except UnicodeDecodeError as error:
-        raise DataError(f"not UTF-8 at byte {error.start}", where=name, fix="save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(error.msg, where=f"{name}:{error.lineno}:{error.colno}") from error
+        place, fix = _find_bad_byte(path), "save the file as UTF-8"
+        raise DataError("not UTF-8", where=f"{name}:{place}", why=error.reason, fix=fix) from error
+    except (ValueError, RecursionError) as error:
+        place = f"{name}:{error.lineno}:{error.colno}" if isinstance(error, json.JSONDecodeError) else name
+        fix = "one row per line is .jsonl" if _reason(error) == "Extra data" else ""
+        raise DataError(f"not JSON: {_reason(error)}", where=place, fix=fix) from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError("the file is not a list of rows", where=name, fix='write [{"messages": [...]}, ...]')
     return _number(name, rows)
@@ -118,10 +132,10 @@ def _read_lines(name: str, file: Iterator[str]) -> Rows:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            column = getattr(error, "colno", 1)
-            shown = ascii(line.strip()[:60])
-            problems.append(Problem(f"{name}:{number}:{column}", "", f"not JSON: {error}", "", f"the line is {shown}"))
+        except (ValueError, RecursionError) as error:
+            what, shown = f"not JSON: {_reason(error)}", ascii(line.strip()[:60])
+            place = f"{name}:{number}:{getattr(error, 'colno', 1)}"
+            problems.append(Problem(place, "", what, "", f"the line is {shown}"))
             continue
         if not isinstance(row, dict):
             problems.append(Problem(f"{name}:{number}:1", "", f"a row is a mapping, not {type(row).__name__}"))
@@ -129,8 +143,44 @@ def _read_lines(name: str, file: Iterator[str]) -> Rows:
         rows.append(row)
         places.append(f"line {number}")
     if problems:
-        raise DataError.from_problems(problems[:20])
+        refuse_rows(name, problems)
     return _checked(Rows(name, rows, places))
+
+
+def _reason(error: Exception) -> str:
+    """What a JSON reader says, without its own idea of the place."""
+    if isinstance(error, RecursionError):
+        return "too deeply nested"
+    return getattr(error, "msg", None) or str(error)
+
+
+def _read_csv(name: str, file: Iterator[str]) -> list[dict]:
+    reader = csv.DictReader(file, strict=True)
+    try:
+        twice = [column for column, count in Counter(reader.fieldnames or ()).items() if count > 1]
+        if twice:
+            raise DataError(f"two columns are called {twice[0]!a}", where=f"{name}:1")
+        rows = list(reader)
+    except csv.Error as error:
+        raise DataError(f"not CSV: {error}", where=f"{name}:{reader.line_num}") from error
+    # csv.DictReader puts what is beyond the header under None, and None where a row ends early.
+    ragged = [number for number, row in enumerate(rows, 1) if None in row or None in row.values()]
+    if ragged:
+        what = f"other than {len(reader.fieldnames)} columns, as the header has"
+        fix = "put a text that contains a comma into double quotes"
+        refuse_rows(name, [Problem(f"{name} row {number}", "", what, "", fix) for number in ragged])
+    return rows
+
+
+def _find_bad_byte(path: Path) -> str:
+    """Returns ``line:byte`` of the first byte that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return f"{number}:{error.start + 1}"
+    return "1:1"
 
 
 def _read_parquet(path: Path) -> list[dict]:

@@ -8,7 +8,7 @@ import torch
 
 from forge_cli.build.data import Question
 from forge_cli.errors import DataError
-from forge_cli.parts.rendering import render_prompt
+from forge_cli.parts.rendering import Renderer
 from forge_cli.schema.training import ReportSection
 
 BATCH_ROWS = 32
@@ -41,7 +41,7 @@ class Examination:
         self.entries = [{"prompt": q.prompt, "shown": q.shown, "wanted": q.wanted} for q in chosen]
         for text in report.prompts:
             turns = [{"role": "user", "content": text}]
-            prompt = render_prompt(tokenizer, turns) if tokenizer.chat_template else text
+            prompt = Renderer(tokenizer).encode_prompt(turns if tokenizer.chat_template else text)
             self.entries.append({"prompt": prompt, "shown": text, "wanted": None})
 
     def announce(self, when: str) -> str:
@@ -67,13 +67,13 @@ class Examination:
         return sum(wanted == answer for wanted, answer in pairs) / len(pairs)
 
 
-def generate_answers(model, tokenizer, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Answers rendered prompts greedily, in batches padded on the left.
+def generate_answers(model, tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[str]:
+    """Answers prompts greedily, in batches padded on the left.
 
     Args:
         model: A causal language model; it is put into evaluation mode and back.
         tokenizer: Its tokenizer.
-        prompts: Rendered prompts that hold their special tokens already.
+        prompts: Token ids of each, with the special tokens that belong to it.
         max_new_tokens: Longest answer.
 
     Returns:
@@ -97,11 +97,9 @@ def generate_answers(model, tokenizer, prompts: Sequence[str], max_new_tokens: i
 
 
 @torch.inference_mode()
-def _answer_batch(model, tokenizer, prompts: list[str], max_new_tokens: int) -> list[str]:
+def _answer_batch(model, tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     """Answers one batch. Shapes: ``input_ids [B, T]``, output ``[B, T + new]``."""
-    # A chat template writes its own begin token; a plain prompt needs the tokenizer's.
-    add_special = not tokenizer.chat_template
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=add_special).to(model.device)
+    encoded = tokenizer.pad({"input_ids": prompts}, return_tensors="pt").to(model.device)
     output = model.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
@@ -120,7 +118,8 @@ def _answer_batch(model, tokenizer, prompts: list[str], max_new_tokens: int) -> 
 
 
 def _end_tokens(model, tokenizer) -> list[int]:
-    """Collects the end tokens of the tokenizer and of the model's generation settings."""
+    """Collects the end tokens of the tokenizer, its chat template and the model's generation settings."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    own = [tokenizer.eos_token_id, Renderer(tokenizer).find_end_token()]
+    return sorted({i for i in [*ids, *own] if i is not None})

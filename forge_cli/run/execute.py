@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.run.folder import RunFolder, create_run_folder
-from forge_cli.run.process import library_logs, prepare_process, translated_errors
+from forge_cli.run.process import check_trackers, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def train_plan(plan: Plan, *, overwrite: bool = False, reporter: Reporter | None
     """Trains a resolved plan (see :func:`train`)."""
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     spec = plan.spec
+    check_trackers(spec.logging.report_to)
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
     reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
     if note := prepare_process():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import logging
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from forge_cli.errors import ForgeError, Interrupted, MachineError, MemoryExceeded
@@ -24,6 +25,21 @@ def prepare_process() -> str:
         return ""
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     return "GPU 0 is used if there is one; set CUDA_VISIBLE_DEVICES to choose another"
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Refuses a tracker whose package is missing, before anything is loaded.
+
+    Raises:
+        MachineError: One is missing.
+    """
+    for name in report_to:
+        if importlib.util.find_spec(name) is None:
+            raise MachineError(
+                f"logging.report_to: {name} is not installed",
+                why="the run would end when training starts",
+                fix=f'pip install "forge-finetune[{name}]"',
+            )
 
 
 @contextlib.contextmanager
