@@ -28,7 +28,7 @@ real: $(VENV)/.installed-real
 tiny-base: $(VENV)/.installed
 	$(RUN)/python recipes/tiny_base.py all build/tiny-base
 	$(RUN)/forge train recipes/tiny-base.yaml --overwrite
-	$(RUN)/python recipes/tiny_base.py ship build/tiny-base --weights build/tiny-base/runs/tiny-base/model
+	$(RUN)/python recipes/tiny_base.py ship build/tiny-base
 
 bench: $(VENV)/.installed-test
 	$(RUN)/python tests/benchmarks/overhead.py

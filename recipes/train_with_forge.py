@@ -98,5 +98,7 @@ model.save_pretrained(f"{options.output}/final_model")
 tokenizer.save_pretrained(f"{options.output}/final_model")
 ema_callback.restore_original(model)
 model.save_pretrained(f"{options.output}/raw_model")
-print(f"held-out loss: {before:.4f} before, {raw:.4f} raw, {averaged:.4f} with EMA; {len(monitor_callback.alarms)} alarms")
+print(
+    f"held-out loss: {before:.4f} before, {raw:.4f} raw, {averaged:.4f} with EMA; {len(monitor_callback.alarms)} alarms"
+)
 print(f"the EMA adapter is in {options.output}/final_model")

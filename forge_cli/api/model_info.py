@@ -62,9 +62,7 @@ def estimate_model_memory(model: nn.Module, batch_size: int = 4, sequence_length
     return {name: size / GIB for name, size in parts.items()}
 
 
-def get_memory_savings_estimate(
-    model: nn.Module, batch_size: int = 4, sequence_length: int = 2048
-) -> dict[str, float]:
+def get_memory_savings_estimate(model: nn.Module, batch_size: int = 4, sequence_length: int = 2048) -> dict[str, float]:
     """Estimates what the frozen parameters save against training every parameter that the model could train.
 
     With adapters that means all adapters; without, all weights. The saving in activations is that of running

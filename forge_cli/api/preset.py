@@ -60,7 +60,9 @@ class Preset:
         from forge_cli.build.adapter import build_lora_config
 
         if self.spec.lora is None:
-            raise ConfigError(f"preset {self.name} has no adapters", fix='use get_preset("lora") or get_preset("qlora")')
+            raise ConfigError(
+                f"preset {self.name} has no adapters", fix='use get_preset("lora") or get_preset("qlora")'
+            )
         return build_lora_config(self.spec.lora)
 
     def get_training_args(self) -> TrainingArguments:

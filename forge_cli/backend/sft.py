@@ -223,4 +223,3 @@ def pack_rows(dataset, max_length: int):
     Every row has to fit (``data.on_overlong`` saw to it). ``seq_lengths`` keeps the borders.
     """
     return pack_dataset(dataset, max_length, strategy="bfd")
-

@@ -57,7 +57,9 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
     return model, TrainableReport(total, trainable, targets, report)
 
 
-def build_lora_config(lora: LoraSection, model: torch.nn.Module | None = None, num_frozen_layers: int = 0) -> LoraConfig:
+def build_lora_config(
+    lora: LoraSection, model: torch.nn.Module | None = None, num_frozen_layers: int = 0
+) -> LoraConfig:
     """Builds PEFT's settings; with a model, ``all-linear`` becomes names and frozen layers get no adapters.
 
     Args:

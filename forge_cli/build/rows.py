@@ -131,7 +131,7 @@ def _read_lines(name: str, file: Iterator[str]) -> Rows:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))
         except (ValueError, RecursionError) as error:
             what, shown = f"not JSON: {_reason(error)}", ascii(line.strip()[:60])
             place = f"{name}:{number}:{getattr(error, 'colno', 1)}"
@@ -162,7 +162,7 @@ def _read_csv(name: str, file: Iterator[str]) -> list[dict]:
             raise DataError(f"two columns are called {twice[0]!a}", where=f"{name}:1")
         rows = list(reader)
     except csv.Error as error:
-        raise DataError(f"not CSV: {error}", where=f"{name}:{reader.line_num}") from error
+        raise DataError(f"not CSV: {error}", where=f"{name}:{reader.reader.line_num}") from error
     # csv.DictReader puts what is beyond the header under None, and None where a row ends early.
     ragged = [number for number, row in enumerate(rows, 1) if None in row or None in row.values()]
     if ragged:

@@ -8,9 +8,10 @@ end token, is trained.
 from __future__ import annotations
 
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 
 IGNORED = -100
 ROLES = ("system", "user", "assistant", "tool")
@@ -155,9 +156,10 @@ class Renderer:
 
     def _apply_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
         try:
+            # A batch of one, because what comes before a leading answer is a conversation without turns.
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+                [list(messages)], tokenize=False, add_generation_prompt=add_generation_prompt
+            )[0]
         except Exception as error:
             raise RowError(f"the chat template refuses this conversation: {error}") from error
 
@@ -165,10 +167,15 @@ class Renderer:
         """Finds the characters that an assistant turn adds, up to its end token."""
         before = self._apply_template(messages[:turn], add_generation_prompt=True)
         after = text if turn + 1 == len(messages) else self._apply_template(messages[: turn + 1])
-        if not (text.startswith(after) and after.startswith(before)):
+        if not text.startswith(after):
             raise RowError(
-                f"the chat template rewrites the text before turn {turn + 1}, so what that turn adds cannot be told; "
-                "data.train_on: last_assistant or all may work"
+                f"the chat template rewrites turn {turn + 1} or one before it when more turns follow, so what it adds "
+                "cannot be told; data.train_on: last_assistant or all may work"
+            )
+        if not after.startswith(before):
+            raise RowError(
+                f"the chat template asks for an answer in other words than it writes before turn {turn + 1}, so what "
+                "that turn adds cannot be told; data.train_on: all may work"
             )
         # Templates end a turn with its end token and often a line break, which the model never has to produce.
         added = after[len(before) :].rstrip()
@@ -218,10 +225,12 @@ def render_messages(tokenizer, messages: Sequence[Message], *, train_on: str) ->
 def _label(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """Labels the tokens that hold a character of a span. Shapes: ``ids [T]`` to labels ``[T]``."""
     labels = [IGNORED] * len(ids)
-    reached = 0
-    for place, (start, end) in enumerate(offsets):
-        # Many tokenizers leave the spaces of a token out of its offsets; they follow the token before it.
-        start, reached = min(start, reached), max(end, reached)
-        if start < end and any(start < last and end > first for first, last in spans):
-            labels[place] = ids[place]
+    # Many tokenizers leave spaces out of a token's offsets: a token begins where the text so far was covered.
+    covered = list(accumulate((end for _, end in offsets), max))
+    for first, last in spans:
+        start, stop = bisect_right(covered, first), bisect_left(covered, last) + 1
+        # The bytes of one character may be several tokens.
+        while stop < len(ids) and offsets[stop][0] < last == offsets[stop][1]:
+            stop += 1
+        labels[start:stop] = ids[start:stop]
     return labels

@@ -92,6 +92,8 @@ def generate_answers(model, tokenizer, prompts: Sequence[list[int]], max_new_tok
                 answers[i] = answer
     finally:
         tokenizer.padding_side = side
+        # Padding is a state of the fast tokenizer, and would be saved with it.
+        tokenizer.backend_tokenizer.no_padding()
         model.train(was_training)
     return answers
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.run.folder import RunFolder, create_run_folder
 from forge_cli.run.process import check_trackers, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
+from forge_cli.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from forge_cli.build.data import PreparedData
@@ -57,7 +59,9 @@ def train(
     return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem)
 
 
-def train_plan(plan: Plan, *, overwrite: bool = False, reporter: Reporter | None = None, stem: str = "run") -> RunResult:
+def train_plan(
+    plan: Plan, *, overwrite: bool = False, reporter: Reporter | None = None, stem: str = "run"
+) -> RunResult:
     """Trains a resolved plan (see :func:`train`)."""
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     spec = plan.spec
@@ -105,7 +109,9 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     before = examination.answer(model)
     trainer = _build_trainer(plan, folder, reporter, model, tokenizer, data, compute)
     loss_before = trainer.evaluate_now()
-    reporter.start(count_steps(trainer, trainer.args))
+    num_steps = count_steps(trainer, trainer.args)
+    _note_short_ema(plan, num_steps, reporter)
+    reporter.start(num_steps)
     training_began = time.perf_counter()
     trainer.train()
     training_seconds = time.perf_counter() - training_began
@@ -178,8 +184,6 @@ def _pack(spec, data: PreparedData, reporter: Reporter):
 
 
 def _describe_trainable(plan: Plan, trainable, reporter: Reporter) -> None:
-    from forge_cli.units import format_count
-
     share = 100 * trainable.num_trainable_parameters / trainable.num_parameters
     targets = f" in {', '.join(trainable.target_modules)}" if trainable.target_modules else ""
     reporter.say(
@@ -191,12 +195,40 @@ def _describe_trainable(plan: Plan, trainable, reporter: Reporter) -> None:
         return
     reporter.say(freeze.layer_map())
     if freeze.blocked_by:
-        reporter.say(f"note: {freeze.blocked_by} is trained below the frozen layers, so they still need a backward pass")
+        reporter.say(
+            f"note: {freeze.blocked_by} is trained below the frozen layers, so they still need a backward pass"
+        )
         return
     ratio = freeze.compute_ratio(
         trains_weights=plan.spec.lora is None, activation_checkpointing=plan.spec.training.activation_checkpointing
     )
-    reporter.say(f"frozen layers run forward only: {100 * (1 - ratio):.0f} % less matmul work in the layers")
+    saved = _estimate_saved_bytes(plan)
+    memory = f", about {format_bytes(saved)} less memory at full length" if saved else ""
+    reporter.say(f"frozen layers run forward only: {100 * (1 - ratio):.0f} % less matmul work in the layers{memory}")
+
+
+def _estimate_saved_bytes(plan: Plan) -> int:
+    """Estimates what freezing saves at the peak of a step; 0 where the model's shape is not known."""
+    with_freeze = estimate_from_plan(plan)
+    spec = plan.spec.model_copy(update={"freeze": None})
+    derived = replace(plan.derived, num_frozen_layers=0)
+    without = estimate_from_plan(replace(plan, spec=spec, derived=derived))
+    return without.total_bytes - with_freeze.total_bytes if with_freeze and without else 0
+
+
+def _note_short_ema(plan: Plan, num_steps: int, reporter: Reporter) -> None:
+    """Warns when the average would hardly leave the first weights; with ``max_steps`` the plan said so already."""
+    ema = plan.spec.ema
+    if ema is None or plan.spec.training.max_steps:
+        return
+    from forge_cli.parts.ema import half_life_steps
+
+    half_life = half_life_steps(ema.decay)
+    if half_life > num_steps / 2:
+        reporter.say(
+            f"note: ema.decay {ema.decay} has a half-life of {half_life:.0f} steps and the run has {num_steps}: "
+            f"early weights stay in the average; about {0.5 ** (10 / num_steps):.2g} would fit"
+        )
 
 
 def _save(model, tokenizer, folder: RunFolder, ema) -> Path:

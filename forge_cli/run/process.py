@@ -75,7 +75,9 @@ def translated_errors(log: Path) -> Iterator[None]:
         _write_traceback(log)
         raise
     except KeyboardInterrupt:
-        raise Interrupted("stopped by Ctrl-C; what is in the run folder is whole", where=str(log.parent.parent)) from None
+        raise Interrupted(
+            "stopped by Ctrl-C; what is in the run folder is whole", where=str(log.parent.parent)
+        ) from None
     except Exception as error:
         _write_traceback(log)
         if _is_out_of_memory(error):

@@ -11,6 +11,7 @@ from pathlib import Path
 from forge_cli.build.adapter import TrainableReport
 from forge_cli.build.compute import Compute, dtype_name
 from forge_cli.build.data import PreparedData
+from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.parts.monitor import MonitorCallback, peak_memory_bytes
 from forge_cli.resolve.plan import Plan
 from forge_cli.run.folder import REPORT_FILE, RunFolder, write_atomic
@@ -53,6 +54,8 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
     plan, monitor = findings.plan, findings.monitor
     steps = [r for r in monitor.records if r.get("loss") is not None and not r.get("diverged")]
     seconds = findings.training_seconds
+    on_gpu = findings.compute.device.startswith("cuda")
+    estimate = estimate_from_plan(plan)
     return {
         "run": folder.path.name,
         "digest": plan.digest,
@@ -71,7 +74,9 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         "tokens": monitor.num_tokens,
         "tokens_per_second": round(monitor.num_tokens / seconds, 1) if seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
-        "peak_memory_of": "GPU, allocated" if findings.compute.device.startswith("cuda") else "process, resident",
+        "peak_memory_of": "GPU, allocated" if on_gpu else "process, resident",
+        # Forge's estimate is of GPU memory; beside a CPU's resident memory it would say nothing.
+        "estimated_memory_bytes": estimate.total_bytes if on_gpu and estimate else None,
         "alarms": monitor.alarms,
         "data": findings.data.as_dict(),
         "trainable": asdict(findings.trainable),

@@ -32,9 +32,14 @@ def verdict(report: dict) -> list[str]:
     lines.append(
         f"{report['steps']} steps in {format_duration(report['training_seconds'])}, "
         f"{report['tokens_per_second'] or 0:.0f} real tokens/s, peak {format_bytes(report['peak_memory_bytes'])} "
-        f"({report['peak_memory_of']}), {alarms} alarm{'' if alarms == 1 else 's'}"
+        f"({report['peak_memory_of']}{_estimated(report)}), {alarms} alarm{'' if alarms == 1 else 's'}"
     )
     return lines
+
+
+def _estimated(report: dict) -> str:
+    estimated = report["estimated_memory_bytes"]
+    return f", estimated {format_bytes(estimated)}" if estimated else ""
 
 
 def render_summary(report: dict, folder: Path) -> str:

@@ -38,6 +38,4 @@ class FreezeSection(Section):
     embeddings: bool | None = Field(
         default=None, description="Freeze the input embeddings. null: frozen when first is given."
     )
-    patterns: list[str] = Field(
-        default=[], description='Shell patterns of module names to freeze as well ("*.mlp.*").'
-    )
+    patterns: list[str] = Field(default=[], description='Shell patterns of module names to freeze as well ("*.mlp.*").')

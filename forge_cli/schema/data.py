@@ -29,9 +29,7 @@ class DataSection(Section):
     on_overlong: Literal["error", "drop", "truncate"] = Field(
         default="error", description="What to do with a row longer than max_length. Counts are always printed."
     )
-    packing: bool = Field(
-        default=False, description="Pack several rows into one sequence; they do not see each other."
-    )
+    packing: bool = Field(default=False, description="Pack several rows into one sequence; they do not see each other.")
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
         default="assistant",
         description="Which tokens are trained: all assistant turns and their end token, the last turn only, or all.",

@@ -67,6 +67,9 @@ def test_a_run_leaves_everything_it_promises(tiny_settings):
     assert not list(result.folder.rglob("*.partial"))
     assert {"chat_template.jinja", "tokenizer.json"} <= {p.name for p in result.weights.iterdir()}
 
+    saved = json.loads((result.weights / "tokenizer.json").read_text())
+    assert saved["padding"] is None and saved["truncation"] is None
+
     records = read_metrics(result.folder)
     assert [r["step"] for r in records if r.get("loss") is not None] == [1, 2, 3]
     assert [r["step"] for r in records if "eval_loss" in r] == [0, 2, 3]

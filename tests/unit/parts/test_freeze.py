@@ -162,7 +162,8 @@ def test_count_frozen_layers_refuses_more_than_there_are():
 
 # Shares by hand, of the layers alone: 2 units for a forward, 4 with the gradient of activations, ...
 @pytest.mark.parametrize(
-    ("full", "checkpointing", "ratio"), [(False, False, 0.75), (False, True, 2 / 3), (True, False, 2 / 3), (True, True, 0.625)]
+    ("full", "checkpointing", "ratio"),
+    [(False, False, 0.75), (False, True, 2 / 3), (True, False, 2 / 3), (True, True, 0.625)],
 )
 def test_compute_ratio_by_hand(load_tiny, full, checkpointing, ratio):
     report = freeze_layers(load_tiny(), 4)
@@ -176,7 +177,9 @@ def test_matmul_flops_at_the_shape_of_llama_8b(monkeypatch, checkpointing, bar):
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     plain = count_flops(frozen=0, checkpointing=checkpointing)
     frozen = count_flops(frozen=16, checkpointing=checkpointing)
-    print(f"\nLlama-3.1-8B, 2048 tokens, checkpointing {checkpointing}: {plain / 1e12:.2f} -> {frozen / 1e12:.2f} TFLOP")
+    print(
+        f"\nLlama-3.1-8B, 2048 tokens, checkpointing {checkpointing}: {plain / 1e12:.2f} -> {frozen / 1e12:.2f} TFLOP"
+    )
     assert frozen / plain <= bar
 
 
