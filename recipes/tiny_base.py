@@ -135,7 +135,7 @@ def coin_names(rng: random.Random, count: int) -> list[str]:
     Returns:
         Distinct names, no two of which begin with the same two syllables.
     """
-    onsets = ["b", "d", "f", "g", "h", "j", "k", "l", "m", "n", "p", "r", "s", "t", "v", "z", "br", "dr", "gl", "kr", "pl", "sk", "tr"]
+    onsets = [*"bdfghjklmnprstvz", "br", "dr", "gl", "kr", "pl", "sk", "tr"]
     middles = ["lo", "mi", "na", "ru", "sa", "te", "vo", "zu"]
     endings = ["bin", "dle", "fin", "gar", "kin", "lop", "mur", "nax", "pod", "rel", "tash", "wick"]
     openings = [o + v + m for o in onsets for v in "aeiou" for m in middles]

@@ -60,10 +60,7 @@ def choose_compute(spec: RunSpec) -> Compute:
             raise MachineError(
                 "fp16 training needs a CUDA GPU", where="training.precision", fix="use training.precision: auto"
             )
-    if spec.model.dtype != "auto":
-        weight_dtype = _DTYPES[spec.model.dtype]
-    else:
-        weight_dtype = dtype if spec.lora else torch.float32
+    weight_dtype = _DTYPES.get(spec.model.dtype, dtype if spec.lora else torch.float32)
     quantized = spec.quantization.bnb_4bit_compute_dtype if spec.quantization else "auto"
     return Compute(device, name, dtype, weight_dtype, _DTYPES.get(quantized, dtype), reason)
 

@@ -40,7 +40,17 @@ def train(
         return
     from forge_cli.run.summary import render_summary
 
-    print(render_summary(result.report, result.folder))
+    print(render_summary(result.report, result.folder, _program()))
+
+
+def _program() -> str:
+    """Returns what to type for Forge in this shell: a virtual environment need not be on the path."""
+    import os
+    import shutil
+
+    if shutil.which("forge") or not sys.argv[0].endswith("forge"):
+        return "forge"
+    return os.path.relpath(sys.argv[0])
 
 
 FUNCTIONS = {"train": train}

@@ -77,6 +77,7 @@ class MonitorCallback(TrainerCallback):
         self.records: list[Record] = []
         self.alarms: list[Record] = []
         self.num_tokens = 0
+        self.step_seconds = 0.0
         self._groups: ParameterGroups | None = None
         self._recent_losses: deque[float] = deque(maxlen=spike_window)
         self._pending: list[dict] = []
@@ -107,7 +108,7 @@ class MonitorCallback(TrainerCallback):
         self._groups = ParameterGroups(model)
         self._last_time = time.perf_counter()
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
         """Stops before the update if the loss or the gradient is not finite.
 
         Raises:
@@ -123,19 +124,24 @@ class MonitorCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)
         if not torch.isfinite(loss if scaler is not None and loss is not None else probe):
             self._stop(step, norms, loss)
-        self._pending.append({"step": step, "loss": loss, "norms": norms, "total": total, "tokens": self._step_tokens})
+        entry = {"step": step, "loss": loss, "norms": norms, "total": total, "tokens": self._step_tokens}
+        if lr_scheduler is not None:
+            entry["learning_rate"] = lr_scheduler.get_last_lr()[0]
+        self._pending.append(entry)
         self._step_loss = self._step_norms = None
         self._step_rows = []
         self._step_tokens = 0
 
-    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
-        """Notes time and learning rate, which cost nothing to read."""
+    def on_step_end(self, args, state, control, **kwargs):
+        """Notes the time."""
         if self._pending:
             now = time.perf_counter()
             self._pending[-1]["seconds"] = now - self._last_time
             self._last_time = now
-            if lr_scheduler is not None:
-                self._pending[-1]["learning_rate"] = lr_scheduler.get_last_lr()[0]
+
+    def on_save(self, args, state, control, **kwargs):
+        """Leaves the time of a checkpoint out of the next step."""
+        self._last_time = time.perf_counter()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Reads everything measured since the last log line: the one host sync."""
@@ -153,6 +159,7 @@ class MonitorCallback(TrainerCallback):
         self.flush()
         losses = {key: metrics.get(key) for key in ("eval_loss", "eval_ema_loss")}
         self._write({"step": step, **losses, "eval_seconds": metrics.get("eval_runtime")})
+        self._last_time = time.perf_counter()
 
     # Reading and judging --------------------------------------------------------------------------------------
 
@@ -184,6 +191,7 @@ class MonitorCallback(TrainerCallback):
             record["tokens"] = entry["tokens"]
             record["tokens_per_second"] = round(entry["tokens"] / seconds, 1) if seconds else None
             self.num_tokens += entry["tokens"]
+            self.step_seconds += seconds
             if self.check_gradients and place == len(pending) - 1:
                 width = len(self._groups.labels)
                 start = 2 * len(pending) + place * width

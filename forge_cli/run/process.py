@@ -24,7 +24,9 @@ def prepare_process() -> str:
     if "LOCAL_RANK" in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ:
         return ""
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
-    return "GPU 0 is used if there is one; set CUDA_VISIBLE_DEVICES to choose another"
+    listed = Path("/proc/driver/nvidia/gpus")
+    count = len(list(listed.iterdir())) if listed.is_dir() else 0
+    return f"GPU 0 of {count} is used; set CUDA_VISIBLE_DEVICES to choose another" if count > 1 else ""
 
 
 def check_trackers(report_to: Sequence[str]) -> None:

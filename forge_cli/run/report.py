@@ -72,7 +72,8 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         "training_seconds": round(seconds, 2),
         "total_seconds": round(findings.total_seconds, 2),
         "tokens": monitor.num_tokens,
-        "tokens_per_second": round(monitor.num_tokens / seconds, 1) if seconds else None,
+        "step_seconds": round(monitor.step_seconds, 2),
+        "tokens_per_second": round(monitor.num_tokens / monitor.step_seconds, 1) if monitor.step_seconds else None,
         "peak_memory_bytes": peak_memory_bytes(),
         "peak_memory_of": "GPU, allocated" if on_gpu else "process, resident",
         # Forge's estimate is of GPU memory; beside a CPU's resident memory it would say nothing.
@@ -90,8 +91,7 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         "environment": {"python": platform.python_version(), "system": platform.platform(), **_versions()},
         "plan": {path: {"value": o[-1].value, "from": o[-1].where} for path, o in sorted(plan.history.items()) if o},
         "method": {"lora": plan.spec.lora is not None, "model": plan.spec.model.name, "ema": plan.spec.ema is not None},
-        "next": "forge recipes copy quickstart my-run.yaml   (put your own rows in data.train, then: forge train "
-        "my-run.yaml)",
+        "next": "forge recipes copy qlora-7b my-run.yaml",
     }
 
 

@@ -46,9 +46,13 @@ class PlainReporter:
             ema = f", EMA {record['eval_ema_loss']:.4f}" if record.get("eval_ema_loss") is not None else ""
             when = f"step {record['step']}/{self.num_steps}" if record["step"] else "before training"
             self.say(f"{when}  eval loss {record['eval_loss']:.4f}{ema}")
-        elif record.get("loss") is not None and not record.get("diverged"):
-            if record["step"] % self.every_steps == 0 or record["step"] in (1, self.num_steps):
-                self.say(format_step(record, self.num_steps))
+        elif self._is_shown(record):
+            self.say(format_step(record, self.num_steps))
+
+    def _is_shown(self, record: dict) -> bool:
+        if record.get("loss") is None or record.get("diverged"):
+            return False
+        return record["step"] % self.every_steps == 0 or record["step"] in (1, self.num_steps)
 
     def finish(self) -> None:
         """Nothing to close."""

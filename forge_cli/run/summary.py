@@ -42,14 +42,20 @@ def _estimated(report: dict) -> str:
     return f", estimated {format_bytes(estimated)}" if estimated else ""
 
 
-def render_summary(report: dict, folder: Path) -> str:
-    """Renders the verdict, a few answers before and after, where things are and what to type next."""
+def render_summary(report: dict, folder: Path, program: str = "forge") -> str:
+    """Renders the verdict, a few answers before and after, where things are and what to type next.
+
+    Args:
+        report: Content of ``report.json``.
+        folder: The run folder.
+        program: How the user calls Forge.
+    """
     lines = ["", *verdict(report), ""]
     for sample in report["samples"][:_SHOWN_SAMPLES]:
         lines += [f"  asked   {_shorten(sample['shown'])}", f"  before  {_shorten(sample['before'])}"]
         lines += [f"  after   {_shorten(sample['after'])}", ""]
     lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {folder / 'report.md'}"]
-    return "\n".join([*lines, f"next     {report['next']}"])
+    return "\n".join([*lines, f"next     {report['next'].replace('forge', program, 1)}"])
 
 
 def _shorten(text: str) -> str:

@@ -118,6 +118,7 @@ def test_losses_and_saved_weights_equal_a_loop_by_hand(
     expected = train_by_hand(model, batches, WEIGHT_DECAY.get(method, 0.0))
     assert losses == pytest.approx(expected, abs=1e-5)
     assert losses[-1] < losses[0]
+    assert [r["learning_rate"] for r in records] == pytest.approx([learning_rate(step) for step in range(STEPS)])
 
     saved = load_saved(method, result.weights, load_tiny)
     with torch.no_grad():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from forge_cli.backend import sft
 from forge_cli.backend.sft import EMA_PREFIX, ForgeSFTTrainer
 from forge_cli.errors import ConfigError, DataError, DivergedError, Interrupted, MachineError
+from forge_cli.parts.layers import find_decoder_layers
 from forge_cli.resolve.plan import resolve_mapping, resolve_plan
 from forge_cli.run.execute import train, train_plan
 from forge_cli.run.reporter import QuietReporter
@@ -250,3 +253,48 @@ def test_train_takes_a_file_and_overrides(tiny_settings, tmp_path):
     assert result.folder.name == "from-file" and result.report["steps"] == 1
     with pytest.raises(ConfigError):
         train(path, ["training.max_step=1"])
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_frozen_layers_are_skipped_in_a_whole_run(tiny_settings, monkeypatch, checkpointing):
+    """The proof by counts, through TRL, PEFT, the Trainer and its checkpointing switch."""
+    forwards, backwards = Counter(), Counter()
+    build_trainer = sft.build_trainer
+
+    def build_counted(**parts):
+        trainer = build_trainer(**parts)
+        for index, layer in enumerate(find_decoder_layers(trainer.model)):
+            layer.self_attn.register_forward_pre_hook(
+                lambda module, args, kwargs, index=index: forwards.update([index]), with_kwargs=True
+            )
+            layer.mlp.register_full_backward_hook(lambda module, grads, out, index=index: backwards.update([index]))
+        return trainer
+
+    monkeypatch.setattr(sft, "build_trainer", build_counted)
+    settings = tiny_settings(lora=LORA, freeze={"first": "50%"})
+    run({**settings, "training": {**settings["training"], "activation_checkpointing": checkpointing}})
+    micro_steps = 3 * 2
+    assert [forwards[i] for i in range(8)] == [micro_steps] * 4 + [micro_steps * (1 + checkpointing)] * 4
+    assert [backwards[i] for i in range(8)] == [0] * 4 + [micro_steps] * 4
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora": LORA, "quantization": {"bits": 8}},
+        {"lora": {**LORA, "use_dora": True, "use_rslora": True}},
+        {"lora": {**LORA, "target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]}},
+        {"lora": LORA, "quantization": {"bits": 4, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}},
+        {"training": {"optim": "paged_adamw_8bit"}, "lora": LORA},
+        {"training": {"max_grad_norm": 0.0}, "lora": LORA},
+        {"model": {"dtype": "bfloat16"}, "monitor": None},
+        {"preset": "memory_efficient", "evaluation": {"eval_steps": 1}, "data": EVAL},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_combinations_train_and_save(tiny_settings, changes):
+    result = run(tiny_settings(**changes))
+    assert result.report["steps"] == 3
+    assert result.report["alarms"] == []
+    first, *_, last = [r for r in read_metrics(result.folder) if r.get("loss") is not None]
+    assert first["grad_norm"] > 0 and last["loss"] != first["loss"]

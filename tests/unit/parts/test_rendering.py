@@ -178,10 +178,14 @@ def test_the_template_writes_the_begin_token_where_there_is_one(beginning):
         render_messages(beginning, chat, train_on="assistant")
 
 
-def test_spaces_that_offsets_leave_out_are_trained(beginning):
+@pytest.mark.parametrize("answer", ["  x\n    y  ", " \U0001f41f", "\U0001f41f\n"])
+def test_spaces_and_characters_of_several_tokens_are_trained_whole(beginning, answer):
     """Indentation is part of an answer: many tokenizers give a token of spaces an empty place in the text."""
-    tokens = tokenize(beginning, Renderer(beginning).render_completion("f:", "  x\n    y  ", train_on="assistant"))
-    assert trained_text(beginning, tokens) == "  x\n    y  <eos>"
+    tokens = tokenize(beginning, Renderer(beginning).render_completion("\U0001f41f:", answer, train_on="assistant"))
+    assert trained_text(beginning, tokens) == f"{answer}<eos>"
+    beginning.chat_template = LLAMA_LIKE.replace(" | trim", "")
+    chat = [{"role": "user", "content": "\U0001f41f "}, {"role": "assistant", "content": answer}]
+    assert trained_text(beginning, render_messages(beginning, chat * 2, train_on="assistant")) == f" {answer}<eos>" * 2
 
 
 def test_rows_of_a_batch_do_not_depend_on_each_other(tiny):
