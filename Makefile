@@ -12,7 +12,7 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make real        train a real 135M model on real conversations, offline (about 20 minutes, 2 cores)"
 	@echo "make tiny-base   rebuild the embedded model from random weights"
-	@echo "make bench       overhead of EMA and monitor against the bare trainer"
+	@echo "make bench       start-up times, and the cost of EMA and monitor"
 
 quickstart: $(VENV)/.installed
 	$(RUN)/forge train recipes/quickstart.yaml
@@ -31,6 +31,7 @@ tiny-base: $(VENV)/.installed
 	$(RUN)/python recipes/tiny_base.py ship build/tiny-base
 
 bench: $(VENV)/.installed-test
+	$(RUN)/python tests/benchmarks/start_up.py
 	$(RUN)/python tests/benchmarks/overhead.py
 
 lint: $(VENV)/.installed-test

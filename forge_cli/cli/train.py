@@ -29,7 +29,10 @@ def train(
     for warning in plan.derived.warnings:
         reporter.say(f"note: {warning}")
     if dry_run:
+        from forge_cli.run.execute import describe_memory
+
         print(dump_plan(plan), end="")
+        print(describe_memory(plan), file=sys.stderr)
         print("the plan holds; nothing was loaded and nothing was written", file=sys.stderr)
         return
     from forge_cli.run.execute import train_plan

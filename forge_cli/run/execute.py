@@ -68,6 +68,7 @@ def train_plan(
     check_trackers(spec.logging.report_to)
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
     reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
+    reporter.say(describe_memory(plan))
     if note := prepare_process():
         reporter.say(note)
     with translated_errors(folder.log):
@@ -77,6 +78,21 @@ def train_plan(
                 return _train(plan, folder, reporter)
             finally:
                 reporter.finish()
+
+
+def describe_memory(plan: Plan) -> str:
+    """Says what a GPU would have to hold at the peak of a step; nothing where the model's shape is not known."""
+    estimate = estimate_from_plan(plan)
+    if estimate is None:
+        return ""
+    parts = {
+        "weights": estimate.weights_bytes,
+        "gradients and optimizer": estimate.gradients_bytes + estimate.optimizer_bytes,
+        "activations": estimate.activations_bytes + estimate.working_bytes,
+        "EMA": estimate.ema_bytes,
+    }
+    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
+    return f"estimated peak on a GPU, rows at full length: {format_bytes(estimate.total_bytes)} ({listed})"
 
 
 def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
