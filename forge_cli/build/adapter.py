@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import set_seed
 
 from forge_cli.errors import ModelError
-from forge_cli.parts.freeze import FreezeReport, count_frozen_layers, freeze_layers
+from forge_cli.facts.layer_count import count_frozen_layers
+from forge_cli.parts.freeze import FreezeReport, freeze_layers
 from forge_cli.parts.layers import find_decoder_layers, find_layer_prefix, find_linear_names
 from forge_cli.parts.monitor import count_parameters
 from forge_cli.schema.adapter import FreezeSection, LoraSection
@@ -43,7 +44,14 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
         ModelError: A target or pattern matches nothing, or nothing is left to train.
     """
     num_layers = len(find_decoder_layers(model))
-    num_frozen = count_frozen_layers(spec.freeze.first if spec.freeze else None, num_layers)
+    first = spec.freeze.first if spec.freeze else None
+    num_frozen = count_frozen_layers(first, num_layers)
+    if first is not None and not 0 < num_frozen < num_layers:
+        raise ModelError(
+            f"freeze.first {first} is {num_frozen} of the model's {num_layers} decoder layers",
+            why="that freezes nothing, or leaves nothing to train",
+            fix=f"write a count from 1 to {num_layers - 1}",
+        )
     targets: tuple[str, ...] = ()
     if spec.lora:
         # PEFT draws the adapters' start from the global generator.

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from forge_cli.errors import DataError, Problem
-from forge_cli.paths import assets_root
+from forge_cli.resolve.sources import DATA_SUFFIXES, find_embedded_data, is_data_file, is_embedded_data
 
-EXAMPLE_PREFIX = "forge:"
 LISTED_ROWS = 20
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 # Columns that a row of each format has; the first match decides.
 FORMATS: dict[str, tuple[str, ...]] = {
@@ -48,11 +46,10 @@ def read_rows(name: str, split: str = "train") -> Rows:
         DataError: A line is not valid, the file is empty, or the data set cannot be loaded. Every bad line of a
             file is reported at once (the first 20).
     """
-    if name.startswith(EXAMPLE_PREFIX):
-        return _read_file(name, assets_root() / f"{name.removeprefix(EXAMPLE_PREFIX)}.jsonl")
-    path = Path(name).expanduser()
-    if path.suffix in FILE_SUFFIXES:
-        return _read_file(name, path)
+    if is_embedded_data(name):
+        return _read_file(name, find_embedded_data(name) or Path(name))
+    if is_data_file(name):
+        return _read_file(name, Path(name).expanduser())
     return _read_hub(name, split)
 
 
@@ -104,13 +101,18 @@ def _read_file(name: str, path: Path) -> Rows:
         raise DataError("no such file", where=name, fix="check the path; it is relative to the current folder")
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=name)
+    suffix = path.suffix.lower()
+    if suffix not in DATA_SUFFIXES:
+        raise DataError(
+            f"{suffix or 'no suffix'} is not a known format", where=name, fix=f"use {', '.join(DATA_SUFFIXES)}"
+        )
     try:
-        if path.suffix == ".parquet":
+        if suffix == ".parquet":
             return _number(name, _read_parquet(path))
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix == ".jsonl":
+            if suffix == ".jsonl":
                 return _read_lines(name, file)
-            rows = json.load(file) if path.suffix == ".json" else _read_csv(name, file)
+            rows = json.load(file) if suffix == ".json" else _read_csv(name, file)
     except UnicodeDecodeError as error:
         place, fix = _find_bad_byte(path), "save the file as UTF-8"
         raise DataError("not UTF-8", where=f"{name}:{place}", why=error.reason, fix=fix) from error
@@ -202,7 +204,7 @@ def _read_hub(name: str, split: str) -> Rows:
         raise DataError(
             f"the data set cannot be loaded: {first_line}",
             where=name,
-            fix=f"check the name and the split ({split}); a file must end in {', '.join(FILE_SUFFIXES)}",
+            fix=f"check the name and the split ({split}); a file must end in {', '.join(DATA_SUFFIXES)}",
         ) from error
 
 

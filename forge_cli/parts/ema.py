@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,11 +27,6 @@ from forge_cli.errors import ModelError
 
 EMA_FILE = "ema.safetensors"
 EMA_STATE_FILE = "ema.json"
-
-
-def half_life_steps(decay: float) -> float:
-    """Returns after how many optimizer steps a weight counts half in the average: ``ln 0.5 / ln decay``."""
-    return math.log(0.5) / math.log(decay)
 
 
 class WeightAverage:

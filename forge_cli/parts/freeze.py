@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from forge_cli.errors import ModelError
+from forge_cli.facts.layer_count import count_frozen_layers
 from forge_cli.parts.layers import find_decoder_layers, unwrap_model
 
 
@@ -61,23 +62,6 @@ class FreezeReport:
         return share * 2 / units + (1 - share)
 
 
-def count_frozen_layers(first: int | str | None, num_layers: int) -> int:
-    """Turns ``16`` or ``"50%"`` into a number of decoder layers; a share is rounded down, but never to zero.
-
-    Raises:
-        ModelError: The result is not between 1 and ``num_layers``.
-    """
-    if first is None:
-        return 0
-    count = first if isinstance(first, int) else max(1, int(float(first.rstrip("%")) * num_layers / 100 + 1e-9))
-    if not 1 <= count <= num_layers:
-        raise ModelError(
-            f"freeze.first is {first}, and the model has {num_layers} decoder layers",
-            fix=f'write a count from 1 to {num_layers - 1} or a share such as "50%"',
-        )
-    return count
-
-
 def freeze_layers(
     model: nn.Module, num_frozen_layers: int, *, embeddings: bool = True, patterns: Sequence[str] = ()
 ) -> FreezeReport:
@@ -101,6 +85,12 @@ def freeze_layers(
     """
     base = unwrap_model(model)
     layers = find_decoder_layers(model)
+    if not 0 <= num_frozen_layers <= len(layers):
+        raise ModelError(
+            f"{num_frozen_layers} layers are to be frozen, and the model has {len(layers)} decoder layers",
+            where="freeze.first",
+            fix=f'write a count from 1 to {len(layers) - 1}, or a share such as "50%"',
+        )
     before = _count_trainable(model)
     for layer in layers[:num_frozen_layers]:
         layer.requires_grad_(False)
@@ -150,7 +140,7 @@ def setup_lp_lora_style(model: nn.Module, freeze_ratio: float = 0.5) -> FreezeRe
 
     Args:
         model: A transformers model or a PEFT model; call it after ``get_peft_model``.
-        freeze_ratio: Share of the decoder layers to freeze (0 to 1, both excluded).
+        freeze_ratio: Share of the decoder layers to freeze (0 to 1, both excluded); rounded down, at least one layer.
 
     Raises:
         ModelError: The share is out of range.
@@ -158,7 +148,7 @@ def setup_lp_lora_style(model: nn.Module, freeze_ratio: float = 0.5) -> FreezeRe
     if not 0 < freeze_ratio < 1:
         raise ModelError(f"freeze_ratio is {freeze_ratio}", fix="use a share between 0 and 1, such as 0.5")
     num_layers = len(find_decoder_layers(model))
-    return freeze_layers(model, count_frozen_layers(f"{freeze_ratio * 100}%", num_layers))
+    return freeze_layers(model, count_frozen_layers(f"{freeze_ratio * 100}%", num_layers) or 1)
 
 
 def _freeze_pattern(model: nn.Module, pattern: str) -> None:

@@ -9,9 +9,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from forge_cli.errors import ConfigError, ForgeError, Problem
+from forge_cli.facts.layer_count import count_frozen_layers
 from forge_cli.resolve.contradictions import find_contradictions, find_warnings
 from forge_cli.resolve.effect import NOT_TRAINING, list_effective
-from forge_cli.resolve.freezing import count_frozen_layers
 from forge_cli.resolve.layers import Layers, Origin, stack_layers
 from forge_cli.resolve.scene import Scene
 from forge_cli.resolve.wording import show

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from forge_cli.resolve.freezing import count_frozen_layers, read_share
+from forge_cli.facts.layer_count import count_frozen_layers, read_share
 from forge_cli.resolve.scene import Clash, Scene
 from forge_cli.resolve.wording import show
 

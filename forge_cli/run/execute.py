@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
+from forge_cli.resolve.rules_training import count_half_life_steps
 from forge_cli.run.folder import RunFolder, create_run_folder
 from forge_cli.run.process import check_trackers, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
@@ -237,9 +238,7 @@ def _note_short_ema(plan: Plan, num_steps: int, reporter: Reporter) -> None:
     ema = plan.spec.ema
     if ema is None or plan.spec.training.max_steps:
         return
-    from forge_cli.parts.ema import half_life_steps
-
-    half_life = half_life_steps(ema.decay)
+    half_life = count_half_life_steps(ema.decay)
     if half_life > num_steps / 2:
         reporter.say(
             f"note: ema.decay {ema.decay} has a half-life of {half_life:.0f} steps and the run has {num_steps}: "

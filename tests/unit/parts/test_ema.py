@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from forge_cli.errors import ModelError
-from forge_cli.parts.ema import EMACallback, WeightAverage, half_life_steps
+from forge_cli.parts.ema import EMACallback, WeightAverage
 
 
 def random_walk(model: nn.Module, steps: int, average: WeightAverage | None = None) -> list[list[np.ndarray]]:
@@ -147,8 +147,3 @@ def test_apply_before_training_or_to_another_model_is_refused():
     run_callback(callback, model, 1)
     with pytest.raises(ModelError, match="not the model"):
         callback.apply_ema(nn.Linear(2, 2))
-
-
-def test_half_life_by_hand():
-    assert half_life_steps(0.5) == pytest.approx(1)
-    assert 0.999 ** half_life_steps(0.999) == pytest.approx(0.5)

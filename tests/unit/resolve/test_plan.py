@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from forge_cli.errors import ConfigError, ModelError
-from forge_cli.resolve.freezing import count_frozen_layers
+from forge_cli.facts.layer_count import count_frozen_layers
 from forge_cli.resolve.plan import dump_plan, explain, resolve_mapping, resolve_plan, spec_digest
 from forge_cli.resolve.plan_text import write_value
 from forge_cli.resolve.schema_tree import find_field, find_sections, list_leaf_paths
