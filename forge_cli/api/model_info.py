@@ -7,9 +7,8 @@ import math
 from torch import nn
 
 from forge_cli.estimate.memory import LayerShape, MemoryEstimate, estimate_memory
-from forge_cli.parts.freeze import find_trainable_below
-from forge_cli.parts.layers import find_decoder_layers, unwrap_model
-from forge_cli.parts.monitor import count_parameters
+from forge_cli.parts.freeze import find_trainable_below, runs_without_grad
+from forge_cli.parts.layers import count_parameters, find_decoder_layers, unwrap_model
 from forge_cli.units import GIB, format_bytes, format_count
 
 # AdamW keeps two float32 states per trained weight.
@@ -87,7 +86,7 @@ def count_frozen_prefix(model: nn.Module) -> int:
     """Counts the first decoder layers that run without autograd."""
     count = 0
     for layer in find_decoder_layers(model):
-        if not getattr(layer.forward, "runs_without_grad", False):
+        if not runs_without_grad(layer):
             break
         count += 1
     return 0 if count and find_trainable_below(model, count) else count

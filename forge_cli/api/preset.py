@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # A preset says how to train, never what: these two sections are the run file's own.
 _WHAT = {"model": {"name": "unset"}, "data": {"train": "unset"}}
-_SECTIONS = ("training", "lora", "quantization", "freeze", "ema", "monitor", "evaluation", "logging")
+# What the objects that a preset hands out are made of; freezing, EMA and monitor have their own functions in Python.
+_SECTIONS = ("training", "lora", "quantization", "logging")
 
 
 class Preset:
@@ -71,7 +72,7 @@ class Preset:
         from forge_cli.build.compute import choose_compute
 
         compute = choose_compute(self.spec)
-        return build_plain_args(self.spec, compute_dtype=compute.dtype, device=compute.device)
+        return build_plain_args(self.spec, compute_dtype=compute.autocast_dtype, device=compute.device)
 
 
 def get_preset(name: str, **overrides: object) -> Preset:

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer, pack_dataset
 from forge_cli.errors import MachineError
 from forge_cli.parts.ema import EMACallback
 from forge_cli.parts.monitor import MonitorCallback
+from forge_cli.parts.rendering import IGNORED
 from forge_cli.schema.runspec import RunSpec
 
 EMA_PREFIX = "eval_ema"
@@ -37,30 +38,11 @@ def build_training_args(
     Raises:
         MachineError: The installed TRL or transformers lacks a field that is needed.
     """
-    training = spec.training
     values: dict[str, object] = {
+        **shared_fields(spec, compute_dtype=compute_dtype, device=device),
         "output_dir": str(output_dir),
-        "learning_rate": training.learning_rate,
-        "num_train_epochs": training.num_train_epochs,
-        "max_steps": training.max_steps or -1,
-        "per_device_train_batch_size": training.per_device_train_batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "optim": training.optim,
-        "lr_scheduler_type": training.lr_scheduler_type,
-        "warmup_steps": training.warmup_steps,
-        "weight_decay": training.weight_decay,
-        "max_grad_norm": training.max_grad_norm,
-        "bf16": compute_dtype is torch.bfloat16,
-        "fp16": compute_dtype is torch.float16,
-        "seed": spec.seed,
         "data_seed": spec.seed,
-        "use_cpu": device == "cpu",
-        "per_device_eval_batch_size": spec.evaluation.per_device_eval_batch_size,
-        "logging_steps": spec.logging.logging_steps,
         "logging_first_step": True,
-        "report_to": list(spec.logging.report_to) or "none",
-        # NaN must be seen: the filter replaces it with an average that becomes exactly 0.
-        "logging_nan_inf_filter": False,
         "disable_tqdm": True,
         # Forge made the rows: nothing is to be tokenised, cut, dropped or renamed behind its back.
         "dataset_kwargs": {"skip_prepare_dataset": True},
@@ -68,9 +50,8 @@ def build_training_args(
         "max_length": None,
         "packing": False,
         "padding_free": spec.data.packing,
-        "dataloader_pin_memory": device.startswith("cuda"),
         "push_to_hub": False,
-        **checkpointing_fields(SFTConfig, training.activation_checkpointing),
+        **checkpointing_fields(SFTConfig, spec.training.activation_checkpointing),
         **_schedule_of("eval", spec.evaluation.eval_steps if has_eval else None),
         **_schedule_of("save", spec.checkpoint.save_steps if spec.checkpoint else None),
     }
@@ -88,6 +69,33 @@ def build_training_args(
             fix='pip install "trl>=1.16,<2" "transformers>=5.19,<6"',
         )
     return SFTConfig(**values)
+
+
+def shared_fields(spec: RunSpec, *, compute_dtype: torch.dtype, device: str) -> dict[str, object]:
+    """Returns the arguments that a plain Trainer and TRL's share."""
+    training = spec.training
+    return {
+        "learning_rate": training.learning_rate,
+        "num_train_epochs": training.num_train_epochs,
+        "max_steps": training.max_steps or -1,
+        "per_device_train_batch_size": training.per_device_train_batch_size,
+        "per_device_eval_batch_size": spec.evaluation.per_device_eval_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        "optim": training.optim,
+        "lr_scheduler_type": training.lr_scheduler_type,
+        "warmup_steps": training.warmup_steps,
+        "weight_decay": training.weight_decay,
+        "max_grad_norm": training.max_grad_norm,
+        "bf16": compute_dtype is torch.bfloat16,
+        "fp16": compute_dtype is torch.float16,
+        "seed": spec.seed,
+        "use_cpu": device == "cpu",
+        "logging_steps": spec.logging.logging_steps,
+        "report_to": list(spec.logging.report_to) or "none",
+        # NaN must be seen: the filter replaces it with an average that becomes exactly 0.
+        "logging_nan_inf_filter": False,
+        "dataloader_pin_memory": device.startswith("cuda"),
+    }
 
 
 def checkpointing_fields(arguments: type, wanted: bool) -> dict[str, object]:
@@ -133,6 +141,13 @@ class ForgeSFTTrainer(SFTTrainer):
     """
 
     def __init__(self, *args, monitor: MonitorCallback, ema: EMACallback | None = None, **kwargs) -> None:
+        for name in ("_clip_grad_norm", "_get_grad_norm"):
+            if not hasattr(SFTTrainer, name):
+                raise MachineError(
+                    f"the installed transformers has no Trainer.{name}",
+                    why="gradient norms would be measured after clipping",
+                    fix='pip install "transformers>=5.19,<6"',
+                )
         super().__init__(*args, **kwargs)
         self.monitor = monitor
         self.ema = ema
@@ -148,21 +163,34 @@ class ForgeSFTTrainer(SFTTrainer):
         return loss
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
-        """Clips with the norms that the monitor needs anyway, measured before the clipping.
-
-        Other layouts than plain parameters (sharded, DeepSpeed) keep the Trainer's own way.
-        """
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.num_processes > 1:
-            return super()._clip_grad_norm(model)
+        """Clips with the norms that the monitor needs anyway, measured before the clipping."""
         self.accelerator.unscale_gradients()
         total = self.monitor.measure_step()
         parameters = [p for p in model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, total)
         return total
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor:
         """Leaves the norm on the device; measures it here when nothing is clipped."""
-        return self.monitor.measure_step() if grad_norm is None else grad_norm
+        if grad_norm is None:
+            self.accelerator.unscale_gradients()
+            return self.monitor.measure_step()
+        return grad_norm
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """Evaluates one batch and notes how many tokens its mean loss is of; stays on the device."""
+        count = (inputs["labels"][:, 1:] != IGNORED).sum()
+        loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
+        self._eval_sums.append(torch.stack([loss.detach().double() * count, count.double()]))
+        return loss, logits, labels
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Evaluates; the loss is the mean over trained tokens, not the mean of the batches' means."""
+        self._eval_sums: list[torch.Tensor] = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = torch.stack(self._eval_sums).sum(dim=0).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Evaluates the raw weights, then the averaged ones under ``eval_ema``; the raw ones come back always."""
@@ -196,24 +224,24 @@ def build_trainer(
 ) -> ForgeSFTTrainer:
     """Builds the trainer around a finished model and finished rows.
 
-    The trainable weights are float32 afterwards, whatever TRL made of them: it casts the adapters of a quantised
+    The trained weights are what they were before, whatever TRL made of them: it casts the adapters of a quantised
     model to bfloat16, whose updates are lost below 1/256 of a weight, and fp16 scaling refuses them.
     """
-    dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    kept = [(p, p.data) for p in model.parameters() if p.requires_grad]
     trainer = ForgeSFTTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        callbacks=[monitor, *([ema] if ema else []), *callbacks],
+        # EMA first: what it writes into a checkpoint is not the next step's time.
+        callbacks=[*([ema] if ema else []), monitor, *callbacks],
         monitor=monitor,
         ema=ema,
     )
     trainer.remove_callback(PrinterCallback)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and parameter.dtype != dtypes.get(name, torch.float32):
-            parameter.data = parameter.data.to(dtypes.get(name, torch.float32))
+    for parameter, data in kept:
+        parameter.data = data
     return trainer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,7 @@ from transformers import set_seed
 from forge_cli.errors import ModelError
 from forge_cli.facts.layer_count import count_frozen_layers
 from forge_cli.parts.freeze import FreezeReport, freeze_layers
-from forge_cli.parts.layers import find_decoder_layers, find_layer_prefix, find_linear_names
-from forge_cli.parts.monitor import count_parameters
+from forge_cli.parts.layers import count_parameters, find_decoder_layers, find_layer_prefix, find_linear_names
 from forge_cli.schema.adapter import FreezeSection, LoraSection
 from forge_cli.schema.runspec import RunSpec
 
@@ -58,6 +58,10 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
         set_seed(spec.seed)
         config = build_lora_config(spec.lora, model, num_frozen)
         model = get_peft_model(model, config)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                # PEFT leaves modules_to_save in the base's format, where small updates are lost.
+                parameter.data = parameter.data.float()
         targets = tuple(sorted(config.target_modules))
         _check_adapters(model, num_frozen, num_layers)
     report = _freeze(model, spec.freeze, num_frozen) if spec.freeze else None
@@ -84,13 +88,8 @@ def build_lora_config(
         names = find_linear_names(model)
         if targets == "all-linear":
             targets = names
-        missing = [name for name in targets if not _matches(model, name)]
-        if missing:
-            raise ModelError(
-                f"lora.target_modules: {', '.join(missing)} matches no module",
-                why="an adapter that is placed nowhere trains nothing",
-                fix=f"the linear layers of this model are {', '.join(names)}",
-            )
+        _refuse_strangers(model, "target_modules", targets, names)
+        _refuse_strangers(model, "modules_to_save", lora.modules_to_save, ["embed_tokens", "lm_head"])
         if num_frozen_layers:
             # PEFT takes layer numbers only beside a list of names, and the name of the list of layers.
             prefix = find_layer_prefix(model)
@@ -110,8 +109,16 @@ def build_lora_config(
     )
 
 
-def _matches(model: torch.nn.Module, target: str) -> bool:
-    return any(name == target or name.endswith("." + target) for name, _ in model.named_modules())
+def _refuse_strangers(model: torch.nn.Module, field: str, wanted: Sequence[str], examples: Sequence[str]) -> None:
+    """Refuses names that match no module of the model."""
+    modules = [name for name, _ in model.named_modules()]
+    strangers = [w for w in wanted if not any(name == w or name.endswith("." + w) for name in modules)]
+    if strangers:
+        raise ModelError(
+            f"lora.{field}: {', '.join(strangers)} matches no module",
+            why="what is placed nowhere trains nothing",
+            fix=f"this model has {', '.join(examples)}",
+        )
 
 
 def _check_adapters(model: torch.nn.Module, num_frozen: int, num_layers: int) -> None:

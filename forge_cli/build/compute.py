@@ -21,6 +21,7 @@ class Compute:
         device: ``cuda:0``, ``mps`` or ``cpu``.
         device_name: Name of the GPU or ``CPU``.
         dtype: Format of the forward and backward pass.
+        autocast_dtype: Format of mixed precision; float32 when there is none.
         weight_dtype: Format the weights are loaded in.
         quantized_dtype: Format that 4-bit weights are multiplied in.
         reason: Why, in words.
@@ -29,6 +30,7 @@ class Compute:
     device: str
     device_name: str
     dtype: torch.dtype
+    autocast_dtype: torch.dtype
     weight_dtype: torch.dtype
     quantized_dtype: torch.dtype
     reason: str
@@ -61,8 +63,12 @@ def choose_compute(spec: RunSpec) -> Compute:
                 "fp16 training needs a CUDA GPU", where="training.precision", fix="use training.precision: auto"
             )
     weight_dtype = _DTYPES.get(spec.model.dtype, dtype if spec.lora else torch.float32)
+    autocast_dtype = dtype
+    if dtype is torch.float32 and weight_dtype is not torch.float32:
+        # Without mixed precision the weights' own format is what is computed in.
+        dtype, reason = weight_dtype, f"model.dtype: {spec.model.dtype}, without mixed precision"
     quantized = spec.quantization.bnb_4bit_compute_dtype if spec.quantization else "auto"
-    return Compute(device, name, dtype, weight_dtype, _DTYPES.get(quantized, dtype), reason)
+    return Compute(device, name, dtype, autocast_dtype, weight_dtype, _DTYPES.get(quantized, dtype), reason)
 
 
 def _find_device() -> tuple[str, str]:

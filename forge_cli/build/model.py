@@ -6,6 +6,7 @@ import importlib.util
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
 
 from forge_cli.build.compute import Compute, dtype_name
 from forge_cli.errors import MachineError, ModelError
@@ -58,7 +59,7 @@ def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
         options["quantization_config"] = build_quantization(spec.quantization, compute.quantized_dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(place, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"{spec.model.name} cannot be loaded: {_first_line(error)}",
             where="model.name",
@@ -104,28 +105,34 @@ def build_quantization(quantization: QuantizationSection, compute_dtype: torch.d
     )
 
 
-def choose_attention(spec: RunSpec, compute: Compute) -> str:
-    """Chooses the attention code: flash attention where it is installed and the formats allow it, else sdpa.
+def choose_attention(spec: RunSpec, compute: Compute) -> str | None:
+    """Chooses the attention code: flash attention where it can run, else the architecture's own choice.
+
+    That is sdpa for most; some have no sdpa (Gemma 2) and take eager.
+
+    Returns:
+        The name to load with; ``None`` leaves the choice to transformers.
 
     Raises:
         MachineError: flash_attention_2 is asked for and cannot run here.
     """
     wanted = spec.model.attn_implementation
     can_flash = (
-        importlib.util.find_spec("flash_attn") is not None
-        and compute.device.startswith("cuda")
+        compute.device.startswith("cuda")
         and compute.dtype is not torch.float32
+        and torch.cuda.get_device_capability() >= (8, 0)
+        and is_flash_attn_2_available()
     )
     if wanted == "flash_attention_2" and not can_flash:
         raise MachineError(
             "flash_attention_2 cannot run here",
             where="model.attn_implementation",
-            why="it needs a CUDA GPU, the flash-attn package and bf16 or fp16",
+            why="it needs a CUDA GPU of compute capability 8.0, the flash-attn package, and bf16 or fp16",
             fix="use model.attn_implementation: auto or sdpa",
         )
     if wanted != "auto":
         return wanted
-    return "flash_attention_2" if can_flash else "sdpa"
+    return "flash_attention_2" if can_flash else None
 
 
 def check_lengths(spec: RunSpec, model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -149,8 +156,9 @@ def check_lengths(spec: RunSpec, model: torch.nn.Module, tokenizer: PreTrainedTo
         )
 
 
-def describe_model(spec: RunSpec, compute: Compute, attention: str) -> str:
+def describe_model(spec: RunSpec, compute: Compute, model: torch.nn.Module) -> str:
     """Says in one line what was loaded and in which formats."""
+    attention = model.config._attn_implementation
     held = dtype_name(compute.weight_dtype)
     if spec.quantization:
         kind = spec.quantization.bnb_4bit_quant_type if spec.quantization.bits == 4 else "int8"

@@ -156,6 +156,7 @@ class EMACallback(TrainerCallback):
         update_after_step: Optimizer steps before averaging starts; until then the average follows the weights.
         update_every: Optimizer steps between updates; the decay is raised to this power.
         device: ``cpu`` keeps the average in host memory; ``auto`` beside the weights.
+        resume_from: Checkpoint that holds the average when a run is resumed from another folder than its own.
     """
 
     def __init__(
@@ -166,7 +167,10 @@ class EMACallback(TrainerCallback):
         update_after_step: int = 0,
         update_every: int = 1,
         device: str = "auto",
+        resume_from: str | Path | None = None,
     ) -> None:
+        self.resume_from = resume_from
+        self._loss_scale = 0.0
         self.decay = decay
         self.decay_warmup = decay_warmup
         self.update_after_step = update_after_step
@@ -180,11 +184,18 @@ class EMACallback(TrainerCallback):
             model, self.decay, decay_warmup=self.decay_warmup, update_every=self.update_every, device=self.device
         )
         if state.global_step > 0:
-            self.average.load(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.average.load(Path(self.resume_from) if self.resume_from else own)
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        """Notes the loss scale of fp16 training; a fused optimizer says in no other way that it skipped its step."""
+        scaler = getattr(optimizer, "scaler", None)
+        self._loss_scale = scaler.get_scale() if scaler is not None else 0.0
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """Updates the average, unless the optimizer skipped its step (fp16 overflow)."""
-        if getattr(optimizer, "step_was_skipped", False):
+        """Updates the average, unless the step was skipped (fp16 overflow)."""
+        scaler = getattr(optimizer, "scaler", None)
+        if getattr(optimizer, "step_was_skipped", False) or (scaler and scaler.get_scale() < self._loss_scale):
             return
         step = state.global_step + 1
         if step <= self.update_after_step:

@@ -8,10 +8,10 @@ nothing saved. The loss and the gradients of the other layers are the same to th
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import MethodType
 
 import torch
 from torch import nn
@@ -160,6 +160,10 @@ def _freeze_pattern(model: nn.Module, pattern: str) -> None:
             why="a pattern that matches nothing freezes nothing",
             fix=f"module names look like {', '.join(names)}",
         )
+    if not any(p.requires_grad for module in matches for p in module.parameters()):
+        raise ModelError(
+            f'freeze.patterns: "{pattern}" matches only what is frozen already', fix="take the pattern out"
+        )
     for module in matches:
         module.requires_grad_(False)
 
@@ -171,21 +175,24 @@ def _count_trainable(model: nn.Module) -> int:
 def _set_without_grad(layer: nn.Module, wanted: bool) -> None:
     """Puts the layer's forward under ``no_grad``, or takes it out again.
 
-    Wrapping the instance's ``forward`` leaves module names, hooks and saved files as they are, and holds
-    whether checkpointing is switched on before or after: a checkpointed call without autograd saves nothing.
+    An instance's ``forward`` leaves module names, hooks and saved files as they are, and holds whether
+    checkpointing is switched on before or after: a checkpointed call without autograd saves nothing. It is a
+    method of the layer, so that a deep copy of the model runs the copy's weights.
     """
-    installed = "forward" in vars(layer) and getattr(layer.forward, "runs_without_grad", False)
+    installed = runs_without_grad(layer)
     if wanted and not installed:
-        layer.forward = _without_grad(layer.forward)
+        layer._forward_with_grad = layer.forward
+        layer.forward = MethodType(_forward_without_grad, layer)
     elif installed and not wanted:
-        layer.forward = layer.forward.__wrapped__
+        layer.forward = layer._forward_with_grad
+        del layer._forward_with_grad
 
 
-def _without_grad(forward: Callable) -> Callable:
-    @functools.wraps(forward)
-    def run_without_grad(*args, **kwargs):
-        with torch.no_grad():
-            return forward(*args, **kwargs)
+def runs_without_grad(layer: nn.Module) -> bool:
+    """Whether the layer was put under ``no_grad``."""
+    return getattr(layer.forward, "__func__", None) is _forward_without_grad
 
-    run_without_grad.runs_without_grad = True
-    return run_without_grad
+
+def _forward_without_grad(layer: nn.Module, *args, **kwargs):
+    with torch.no_grad():
+        return layer._forward_with_grad(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
@@ -86,3 +87,14 @@ class ParameterGroups:
             self.labels.append("outside layers")
         position = {layer: place for place, layer in enumerate(layers)}
         self.index = torch.tensor([position.get(layer, len(layers)) for layer in layer_of], dtype=torch.long)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Returns (all, trainable) parameters; a packed 4-bit tensor counts its unpacked elements."""
+    total = trainable = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        count = math.prod(state.shape) if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return total, trainable

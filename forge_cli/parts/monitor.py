@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import TrainerCallback
 
 from forge_cli.errors import DivergedError
 from forge_cli.parts.layers import ParameterGroups
+from forge_cli.parts.memory import peak_memory_bytes
 
 Record = dict[str, object]
+MOST_OVERFLOWS = 20
 
 
 def measure_norms(groups: ParameterGroups) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,10 +39,9 @@ def measure_norms(groups: ParameterGroups) -> tuple[torch.Tensor, torch.Tensor]:
         zeros = torch.zeros(len(groups.parameters))
         return zeros, zeros.sum()
     device = gradients[0].device
-    norms = torch.zeros(len(groups.parameters), device=device)
-    places = [place for place, p in enumerate(groups.parameters) if p.grad is not None]
-    measured = torch.stack([norm.to(device, torch.float32) for norm in torch._foreach_norm(gradients)])
-    norms[torch.tensor(places, device=device)] = measured
+    measured = iter(torch._foreach_norm(gradients, dtype=torch.float32))
+    zero = torch.zeros((), device=device)
+    norms = torch.stack([zero if p.grad is None else next(measured).to(device) for p in groups.parameters])
     return norms, torch.linalg.vector_norm(norms)
 
 
@@ -52,6 +50,9 @@ class MonitorCallback(TrainerCallback):
 
     With a plain ``transformers.Trainer`` it sees gradients after clipping and losses when they are logged; inside
     Forge's own trainer it is handed each micro step's loss and each step's norms before clipping.
+
+    A gradient scaler (fp16) may skip steps that overflow; such steps are marked ``skipped``, and 20 of them in a row
+    stop the run.
 
     Args:
         check_gradients: Record norms per layer group and look for tensors without gradient.
@@ -81,11 +82,16 @@ class MonitorCallback(TrainerCallback):
         self._groups: ParameterGroups | None = None
         self._recent_losses: deque[float] = deque(maxlen=spike_window)
         self._pending: list[dict] = []
+        self._num_overflows = 0
+        self._last_time = 0.0
+        self._clear_step()
+
+    def _clear_step(self) -> None:
+        """Forgets the micro steps of the last step, also of one that was interrupted."""
         self._step_loss: torch.Tensor | None = None
         self._step_norms: tuple[torch.Tensor, torch.Tensor] | None = None
         self._step_rows: list[int] = []
         self._step_tokens = 0
-        self._last_time = 0.0
 
     # What Forge's trainer hands over --------------------------------------------------------------------------
 
@@ -106,6 +112,8 @@ class MonitorCallback(TrainerCallback):
         """Turns the NaN filter off (it shows NaN as 0) and notes which parameters are trained."""
         args.logging_nan_inf_filter = False
         self._groups = ParameterGroups(model)
+        self._pending, self._num_overflows = [], 0
+        self._clear_step()
         self._last_time = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
@@ -119,18 +127,16 @@ class MonitorCallback(TrainerCallback):
         if step == 1 and self.check_gradients:
             self._check_missing_gradients(step)
         loss = self._step_loss
-        probe = total if loss is None else total + loss.to(total.device)
-        # A gradient scaler expects overflows and skips those steps itself.
-        scaler = getattr(optimizer, "scaler", None)
-        if not torch.isfinite(loss if scaler is not None and loss is not None else probe):
-            self._stop(step, norms, loss)
         entry = {"step": step, "loss": loss, "norms": norms, "total": total, "tokens": self._step_tokens}
+        if not torch.isfinite(total if loss is None else total + loss.to(total.device)):
+            self._judge_overflow(step, norms, loss, has_scaler=getattr(optimizer, "scaler", None) is not None)
+            entry["skipped"] = True
+        else:
+            self._num_overflows = 0
         if lr_scheduler is not None:
             entry["learning_rate"] = lr_scheduler.get_last_lr()[0]
         self._pending.append(entry)
-        self._step_loss = self._step_norms = None
-        self._step_rows = []
-        self._step_tokens = 0
+        self._clear_step()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Notes the time."""
@@ -143,10 +149,19 @@ class MonitorCallback(TrainerCallback):
         """Leaves the time of a checkpoint out of the next step."""
         self._last_time = time.perf_counter()
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Leaves the time of an evaluation out of the next step."""
+        self._last_time = time.perf_counter()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Reads everything measured since the last log line: the one host sync."""
-        self.flush()
+        """Reads everything measured since the last log line in one transfer.
+
+        A plain Trainer hands over no step losses; there the mean that it logs stands for the last step.
+        """
         loss = (logs or {}).get("loss")
+        if isinstance(loss, float) and self._pending and self._pending[-1]["loss"] is None:
+            self._pending[-1]["loss"] = torch.tensor(loss)
+        self.flush()
         if isinstance(loss, float) and not math.isfinite(loss):
             raise DivergedError(f"the loss logged at step {state.global_step} is {loss}")
 
@@ -159,7 +174,6 @@ class MonitorCallback(TrainerCallback):
         self.flush()
         losses = {key: metrics.get(key) for key in ("eval_loss", "eval_ema_loss")}
         self._write({"step": step, **losses, "eval_seconds": metrics.get("eval_runtime")})
-        self._last_time = time.perf_counter()
 
     # Reading and judging --------------------------------------------------------------------------------------
 
@@ -185,6 +199,8 @@ class MonitorCallback(TrainerCallback):
             total, loss = flat[2 * place : 2 * place + 2]
             record: Record = {"step": entry["step"], "loss": loss if entry["loss"] is not None else None}
             record["grad_norm"] = total
+            if entry.get("skipped"):
+                record["skipped"] = True
             record["learning_rate"] = entry.get("learning_rate")
             seconds = entry.get("seconds") or 0.0
             record["seconds"] = round(seconds, 6)
@@ -198,7 +214,8 @@ class MonitorCallback(TrainerCallback):
                 record["group_norms"] = dict(zip(self._groups.labels, flat[start : start + width], strict=True))
                 record["peak_memory_bytes"] = peak_memory_bytes()
             self._write(record)
-            self._judge(entry["step"], record["loss"], total)
+            if not entry.get("skipped"):
+                self._judge(entry["step"], record["loss"], total)
 
     def _judge(self, step: int, loss: object, total: float) -> None:
         """Raises the alarms that need values; the running median never contains a spike's own value."""
@@ -222,6 +239,16 @@ class MonitorCallback(TrainerCallback):
         if missing and self.spike_ratio is not None:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             self._alarm(step, "no_gradient", f"{len(missing)} trainable tensors got no gradient: {shown}")
+
+    def _judge_overflow(self, step: int, norms: torch.Tensor, loss: torch.Tensor | None, *, has_scaler: bool) -> None:
+        """Lets a gradient scaler skip the steps it expects to overflow, a few in a row; everything else stops.
+
+        The scale starts at 2^16 and is halved at each overflow: after 20 it is below 1 and was not the cause.
+        """
+        self._num_overflows += 1
+        is_loss_finite = loss is None or bool(torch.isfinite(loss))
+        if not (has_scaler and is_loss_finite) or self._num_overflows > MOST_OVERFLOWS:
+            self._stop(step, norms, loss)
 
     def _stop(self, step: int, norms: torch.Tensor, loss: torch.Tensor | None) -> None:
         self.flush()
@@ -251,25 +278,6 @@ class MonitorCallback(TrainerCallback):
                 file.write(json.dumps({k: _as_json(v) for k, v in record.items()}) + "\n")
         if self.on_record is not None:
             self.on_record(record)
-
-
-def peak_memory_bytes() -> int:
-    """Returns the peak of the GPU's allocated memory, or of this process's resident memory without a GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Returns (all, trainable) parameters; a packed 4-bit tensor counts its unpacked elements."""
-    total = trainable = 0
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        count = math.prod(state.shape) if state is not None else parameter.numel()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return total, trainable
 
 
 def _as_json(value: object) -> object:

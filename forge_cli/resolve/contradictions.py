@@ -49,7 +49,7 @@ def _to_clash(path: str, idle: Idle) -> Clash:
 
 def find_warnings(scene: Scene) -> Iterator[str]:
     """Finds what is allowed but probably not meant."""
-    yield from warn_about_ema(scene.spec)
+    yield from warn_about_ema(scene.spec, scene.spec.training.max_steps)
 
 
 RULES: tuple[Rule, ...] = (find_idle_settings, *WEIGHT_RULES, *DATA_RULES, *TRAINING_RULES)

@@ -60,9 +60,15 @@ def _iterate_idle(spec: RunSpec) -> Iterator[tuple[str, Idle]]:
     if spec.training.max_steps is not None:
         why = f"training.max_steps is {spec.training.max_steps}"
         yield "training.num_train_epochs", Idle(("training.max_steps",), why, "keep one of them")
+        if spec.monitor and spec.training.max_steps <= spec.monitor.spike_window:
+            for name in ("spike_ratio", "spike_window"):
+                why = f"the run has {spec.training.max_steps} steps and the window is {spec.monitor.spike_window}"
+                yield f"monitor.{name}", Idle(("training.max_steps", "monitor.spike_window"), why)
     if spec.training.lr_scheduler_type == "constant":
         fix = "remove the line, or write lr_scheduler_type: constant_with_warmup"
         yield "training.warmup_steps", Idle(("training.lr_scheduler_type",), "a constant schedule has no warm-up", fix)
+    if spec.data.format == "text":
+        yield "data.train_on", Idle(("data.format",), "all of a text row is trained")
     yield from _iterate_idle_sources(spec)
 
 

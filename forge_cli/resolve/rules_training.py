@@ -61,9 +61,14 @@ def check_ema(scene: Scene) -> Iterator[Clash]:
         yield Clash(("ema.update_every", "ema.update_after_step", _MAX), what, "write a smaller update_every")
 
 
-def warn_about_ema(spec: RunSpec) -> Iterator[str]:
-    """Warns when the average forgets so slowly that it still holds the starting weights at the end."""
-    ema, last = spec.ema, spec.training.max_steps
+def warn_about_ema(spec: RunSpec, num_steps: int | None) -> Iterator[str]:
+    """Warns when the average forgets so slowly that it still holds the starting weights at the end.
+
+    Args:
+        spec: The run file.
+        num_steps: Optimizer steps of the run; ``None`` while they are not known.
+    """
+    ema, last = spec.ema, num_steps
     if ema is None or last is None:
         return
     half_life = count_half_life_steps(ema.decay)

@@ -113,9 +113,12 @@ def check_lora_start(scene: Scene) -> Iterator[Clash]:
 def check_number_formats(scene: Scene) -> Iterator[Clash]:
     """Weights that are trained keep their small updates only in float32 or bfloat16."""
     spec = scene.spec
+    dtype, precision = spec.model.dtype, spec.training.precision
+    if precision == "fp32" and dtype in ("bfloat16", "float16"):
+        what = f"fp32 computation with {dtype} weights, which would be computed in {dtype}"
+        yield Clash(("training.precision", "model.dtype"), what, "write precision: auto, or model.dtype: float32")
     if spec.lora is not None:
         return
-    dtype, precision = spec.model.dtype, spec.training.precision
     if dtype == "float16":
         what = "float16 weights cannot be trained"
         what += " with fp16 mixed precision: it needs float32 weights" if precision == "fp16" else ""

@@ -24,13 +24,17 @@ class Examination:
         report: The section; ``None`` asks nothing.
         questions: Evaluation rows as prompts with wanted answers.
         tokenizer: Of the model that is asked.
+        autocast_dtype: Format of mixed precision: answers are given as the training computes.
 
     Raises:
         DataError: An exact match is asked for and no evaluation row has an answer.
     """
 
-    def __init__(self, report: ReportSection | None, questions: Sequence[Question], tokenizer) -> None:
+    def __init__(
+        self, report: ReportSection | None, questions: Sequence[Question], tokenizer, autocast_dtype: torch.dtype
+    ) -> None:
         self.report = report
+        self.autocast_dtype = autocast_dtype
         self.tokenizer = tokenizer
         self.entries: list[dict] = []
         if report is None:
@@ -53,7 +57,9 @@ class Examination:
         if not self.entries:
             return []
         prompts = [entry["prompt"] for entry in self.entries]
-        return generate_answers(model, self.tokenizer, prompts, self.report.max_new_tokens)
+        mixed = self.autocast_dtype is not torch.float32
+        with torch.autocast(model.device.type, dtype=self.autocast_dtype, enabled=mixed):
+            return generate_answers(model, self.tokenizer, prompts, self.report.max_new_tokens)
 
     def pair(self, before: list[str], after: list[str]) -> list[dict]:
         """Puts the answers beside their questions."""

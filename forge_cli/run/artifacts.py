@@ -34,7 +34,11 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str) -> Path:
     target = folder.path / name
     partial = folder.path / (name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, **_save_options(model))
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(partial, **_save_options(model))
+    finally:
+        model.config.use_cache = use_cache
     tokenizer.save_pretrained(partial)
     for path in partial.rglob("*"):
         if path.is_file():

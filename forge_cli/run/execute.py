@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
-from forge_cli.resolve.rules_training import count_half_life_steps
+from forge_cli.resolve.rules_training import warn_about_ema
 from forge_cli.run.folder import RunFolder, create_run_folder
-from forge_cli.run.process import check_trackers, library_logs, prepare_process, translated_errors
+from forge_cli.run.process import check_packages, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
 from forge_cli.units import format_bytes, format_count
 
 if TYPE_CHECKING:
     from forge_cli.build.data import PreparedData
+    from forge_cli.run.report import TrainingFigures
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,11 @@ def train_plan(
     """Trains a resolved plan (see :func:`train`)."""
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     spec = plan.spec
-    check_trackers(spec.logging.report_to)
+    check_packages(spec)
+    note = prepare_process()
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
-    reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
-    reporter.say(describe_memory(plan))
-    if note := prepare_process():
-        reporter.say(note)
+    for line in (f"run folder {folder.path}, plan {plan.digest[:12]}", note, describe_memory(plan)):
+        reporter.say(line)
     with translated_errors(folder.log):
         reporter.say("loading torch and transformers ...")
         with library_logs(folder.log):
@@ -101,7 +101,7 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     from forge_cli.build.adapter import prepare_trainable
     from forge_cli.build.compute import choose_compute
     from forge_cli.build.data import prepare_data
-    from forge_cli.build.model import check_lengths, choose_attention, describe_model, load_model, load_tokenizer
+    from forge_cli.build.model import check_lengths, describe_model, load_model, load_tokenizer
     from forge_cli.run.answers import Examination
     from forge_cli.run.report import Findings, write_report
 
@@ -114,26 +114,18 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     data = prepare_data(spec, tokenizer)
     for split in data.reports:
         reporter.say(split.line())
-    examination = Examination(spec.report, data.questions, tokenizer)
+    examination = Examination(spec.report, data.questions, tokenizer, compute.autocast_dtype)
 
     model = load_model(spec, compute)
     check_lengths(spec, model, tokenizer)
-    reporter.say(describe_model(spec, compute, choose_attention(spec, compute)))
+    reporter.say(describe_model(spec, compute, model))
     model, trainable = prepare_trainable(model, spec)
     _describe_trainable(plan, trainable, reporter)
 
     reporter.say(examination.announce("before"))
     before = examination.answer(model)
     trainer = _build_trainer(plan, folder, reporter, model, tokenizer, data, compute)
-    loss_before = trainer.evaluate_now()
-    num_steps = count_steps(trainer, trainer.args)
-    _note_short_ema(plan, num_steps, reporter)
-    reporter.start(num_steps)
-    training_began = time.perf_counter()
-    trainer.train()
-    training_seconds = time.perf_counter() - training_began
-    loss_after = trainer.evaluate_now()
-    reporter.finish()
+    training = _run_training(plan, trainer, reporter)
 
     if trainer.ema:
         trainer.ema.apply_ema(trainer.model)
@@ -147,15 +139,34 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
         trainable=trainable,
         monitor=trainer.monitor,
         weights=weights,
-        loss_before=loss_before,
-        loss_after=loss_after,
-        training_seconds=training_seconds,
+        training=training,
         total_seconds=time.perf_counter() - began,
         samples=examination.pair(before, after),
         exact_match_before=examination.exact_match_ratio(before),
         exact_match_after=examination.exact_match_ratio(after),
     )
     return RunResult(folder.path, weights, write_report(findings, folder))
+
+
+def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
+    """Trains, with an evaluation before and after; the peak of memory is the training's own."""
+    from forge_cli.parts.memory import peak_memory_bytes, reset_peak_memory
+    from forge_cli.run.report import TrainingFigures
+
+    loss_before = trainer.evaluate_now()
+    # The trainer's own arithmetic of epochs, batches and accumulation.
+    num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    if not plan.spec.training.max_steps:
+        for warning in warn_about_ema(plan.spec, num_steps):
+            reporter.say(f"note: {warning}")
+    reporter.start(num_steps)
+    reset_peak_memory()
+    began = time.perf_counter()
+    trainer.train()
+    seconds, peak = time.perf_counter() - began, peak_memory_bytes()
+    loss_after = trainer.evaluate_now()
+    reporter.finish()
+    return TrainingFigures(loss_before, loss_after, seconds, peak)
 
 
 def _build_trainer(plan: Plan, folder: RunFolder, reporter: Reporter, model, tokenizer, data: PreparedData, compute):
@@ -165,7 +176,7 @@ def _build_trainer(plan: Plan, folder: RunFolder, reporter: Reporter, model, tok
     args = sft.build_training_args(
         plan.spec,
         output_dir=folder.checkpoints,
-        compute_dtype=compute.dtype,
+        compute_dtype=compute.autocast_dtype,
         device=compute.device,
         has_eval=data.eval is not None,
     )
@@ -178,15 +189,6 @@ def _build_trainer(plan: Plan, folder: RunFolder, reporter: Reporter, model, tok
         monitor=build_monitor(plan.spec, folder.metrics, reporter.record),
         ema=build_ema(plan.spec),
     )
-
-
-def count_steps(trainer, args) -> int:
-    """Returns the optimizer steps that the trainer will make."""
-    if args.max_steps > 0:
-        return args.max_steps
-    batches = len(trainer.get_train_dataloader())
-    per_epoch = max(1, -(-batches // args.gradient_accumulation_steps))
-    return -(-int(per_epoch * args.num_train_epochs * 1000) // 1000)
 
 
 def _pack(spec, data: PreparedData, reporter: Reporter):
@@ -231,19 +233,6 @@ def _estimate_saved_bytes(plan: Plan) -> int:
     derived = replace(plan.derived, num_frozen_layers=0)
     without = estimate_from_plan(replace(plan, spec=spec, derived=derived))
     return without.total_bytes - with_freeze.total_bytes if with_freeze and without else 0
-
-
-def _note_short_ema(plan: Plan, num_steps: int, reporter: Reporter) -> None:
-    """Warns when the average would hardly leave the first weights; with ``max_steps`` the plan said so already."""
-    ema = plan.spec.ema
-    if ema is None or plan.spec.training.max_steps:
-        return
-    half_life = count_half_life_steps(ema.decay)
-    if half_life > num_steps / 2:
-        reporter.say(
-            f"note: ema.decay {ema.decay} has a half-life of {half_life:.0f} steps and the run has {num_steps}: "
-            f"early weights stay in the average; about {0.5 ** (10 / num_steps):.2g} would fit"
-        )
 
 
 def _save(model, tokenizer, folder: RunFolder, ema) -> Path:

@@ -8,20 +8,32 @@ import importlib.util
 import logging
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from forge_cli.errors import ForgeError, Interrupted, MachineError, MemoryExceeded
+from forge_cli.schema.runspec import RunSpec
 
 
 def prepare_process() -> str:
     """Sets what has to be set before torch is imported; returns what a user should know, or nothing.
 
     One process uses one GPU. Trackers and hub clients do not phone home unless the user asked them to.
+
+    Raises:
+        MachineError: Several GPUs are made visible, or several processes were started.
     """
     gc.enable()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    if "LOCAL_RANK" in os.environ or "CUDA_VISIBLE_DEVICES" in os.environ:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (visible and "," in visible):
+        raise MachineError(
+            "several GPUs or processes",
+            where="CUDA_VISIBLE_DEVICES, WORLD_SIZE",
+            why="Forge trains on one GPU; the others would idle or write into the same run folder",
+            fix="start one process with CUDA_VISIBLE_DEVICES=0",
+        )
+    if visible is not None:
         return ""
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     listed = Path("/proc/driver/nvidia/gpus")
@@ -29,18 +41,22 @@ def prepare_process() -> str:
     return f"GPU 0 of {count} is used; set CUDA_VISIBLE_DEVICES to choose another" if count > 1 else ""
 
 
-def check_trackers(report_to: Sequence[str]) -> None:
-    """Refuses a tracker whose package is missing, before anything is loaded.
+def check_packages(spec: RunSpec) -> None:
+    """Refuses a run whose optional packages are missing, before anything is loaded.
 
     Raises:
         MachineError: One is missing.
     """
-    for name in report_to:
-        if importlib.util.find_spec(name) is None:
+    needed = {name: (f"logging.report_to: {name}", name) for name in spec.logging.report_to}
+    if spec.quantization or "8bit" in spec.training.optim or "paged" in spec.training.optim:
+        cause = "quantization" if spec.quantization else f"training.optim: {spec.training.optim}"
+        needed["bitsandbytes"] = (cause, "qlora")
+    for package, (cause, extra) in needed.items():
+        if importlib.util.find_spec(package) is None:
             raise MachineError(
-                f"logging.report_to: {name} is not installed",
+                f"{cause} needs {package}, which is not installed",
                 why="the run would end when training starts",
-                fix=f'pip install "forge-finetune[{name}]"',
+                fix=f'pip install "forge-finetune[{extra}]"',
             )
 
 

@@ -12,14 +12,23 @@ from forge_cli.build.adapter import TrainableReport
 from forge_cli.build.compute import Compute, dtype_name
 from forge_cli.build.data import PreparedData
 from forge_cli.estimate.plan_memory import estimate_from_plan
-from forge_cli.parts.monitor import MonitorCallback, peak_memory_bytes
+from forge_cli.parts.monitor import MonitorCallback
 from forge_cli.resolve.plan import Plan
 from forge_cli.run.folder import REPORT_FILE, RunFolder, write_atomic
 from forge_cli.run.summary import verdict
 from forge_cli.units import format_count
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes")
-SHOWN_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class TrainingFigures:
+    """What was measured around the training: evaluations before and after, time and peak memory."""
+
+    loss_before: dict[str, float]
+    loss_after: dict[str, float]
+    seconds: float
+    peak_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,7 @@ class Findings:
     trainable: TrainableReport
     monitor: MonitorCallback
     weights: Path
-    loss_before: dict[str, float]
-    loss_after: dict[str, float]
-    training_seconds: float
+    training: TrainingFigures
     total_seconds: float
     samples: list[dict]
     exact_match_before: float | None
@@ -51,9 +58,8 @@ def write_report(findings: Findings, folder: RunFolder) -> dict:
 
 def build_report(findings: Findings, folder: RunFolder) -> dict:
     """Gathers the report as plain data. Units are in the names; ratios run from 0 to 1."""
-    plan, monitor = findings.plan, findings.monitor
+    plan, monitor, training = findings.plan, findings.monitor, findings.training
     steps = [r for r in monitor.records if r.get("loss") is not None and not r.get("diverged")]
-    seconds = findings.training_seconds
     on_gpu = findings.compute.device.startswith("cuda")
     estimate = estimate_from_plan(plan)
     return {
@@ -61,27 +67,27 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         "digest": plan.digest,
         "weights": findings.weights.name,
         "losses": {
-            "eval_before": findings.loss_before.get("eval_loss"),
-            "eval_raw": findings.loss_after.get("eval_loss"),
-            "eval_ema": findings.loss_after.get("eval_ema_loss"),
+            "eval_before": training.loss_before.get("eval_loss"),
+            "eval_raw": training.loss_after.get("eval_loss"),
+            "eval_ema": training.loss_after.get("eval_ema_loss"),
             "train_first": steps[0]["loss"] if steps else None,
             "train_last": steps[-1]["loss"] if steps else None,
         },
         "exact_match_ratio": {"before": findings.exact_match_before, "after": findings.exact_match_after},
         "steps": len(steps),
-        "training_seconds": round(seconds, 2),
+        "training_seconds": round(training.seconds, 2),
         "total_seconds": round(findings.total_seconds, 2),
         "tokens": monitor.num_tokens,
         "step_seconds": round(monitor.step_seconds, 2),
         "tokens_per_second": round(monitor.num_tokens / monitor.step_seconds, 1) if monitor.step_seconds else None,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": training.peak_memory_bytes,
         "peak_memory_of": "GPU, allocated" if on_gpu else "process, resident",
         # Forge's estimate is of GPU memory; beside a CPU's resident memory it would say nothing.
         "estimated_memory_bytes": estimate.total_bytes if on_gpu and estimate else None,
         "alarms": monitor.alarms,
         "data": findings.data.as_dict(),
         "trainable": asdict(findings.trainable),
-        "samples": _samples(findings.samples),
+        "samples": _samples(findings.samples, plan.spec.report.samples if plan.spec.report else 0),
         "compute": {
             "device": findings.compute.device_name,
             "dtype": dtype_name(findings.compute.dtype),
@@ -95,9 +101,9 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
     }
 
 
-def _samples(samples: list[dict]) -> list[dict]:
-    """Keeps the first rows and all prompts of the run file; the rendered prompt is left out."""
-    rows = [s for s in samples if s["wanted"] is not None][:SHOWN_SAMPLES]
+def _samples(samples: list[dict], shown: int) -> list[dict]:
+    """Keeps the first rows of the evaluation split and all prompts of the run file; the rendered prompt is left out."""
+    rows = [s for s in samples if s["wanted"] is not None][:shown]
     chosen = rows + [s for s in samples if s["wanted"] is None]
     return [{key: s[key] for key in ("shown", "wanted", "before", "after")} for s in chosen]
 

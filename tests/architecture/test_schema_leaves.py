@@ -192,7 +192,7 @@ def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
     handed["data"] = hand_over_data(spec)
     questions = handed["data"][-1] if isinstance(handed["data"][-1], tuple) else ()
     if spec.report and questions:
-        examination = Examination(spec.report, questions, model_room.load_tokenizer(build_spec({})))
+        examination = Examination(spec.report, questions, model_room.load_tokenizer(build_spec({})), torch.float32)
         asked = []
         with monkeypatch.context() as patch:
             patch.setattr("forge_cli.run.answers.generate_answers", lambda *given: asked.append(given[2:]) or [])

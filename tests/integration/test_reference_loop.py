@@ -67,13 +67,14 @@ def learning_rate(step: int) -> float:
     return LEARNING_RATE * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (STEPS - warmup)))
 
 
-def train_by_hand(model, batches: list[dict], weight_decay: float) -> list[float]:
+def train_by_hand(model, batches: list[dict], weight_decay: float) -> tuple[list[float], list[float]]:
+    """Trains and returns the loss of every step and the norm of its gradient before clipping."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0)
     # transformers spares norms from weight decay; the embedding is a matrix and decays.
     decayed = {id(p) for name, p in model.named_parameters() if p.requires_grad and "norm" not in name}
     model.train()
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         micro = batches[2 * step : 2 * step + 2]
         total = sum((batch["labels"][:, 1:] != -100).sum().item() for batch in micro)
@@ -84,7 +85,7 @@ def train_by_hand(model, batches: list[dict], weight_decay: float) -> list[float
             loss = torch.nn.functional.cross_entropy(flat, batch["labels"][:, 1:].flatten(), reduction="sum") / total
             loss.backward()
             step_loss += loss.item()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        norms.append(torch.nn.utils.clip_grad_norm_(parameters, 0.4).item())
         rate = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -95,7 +96,7 @@ def train_by_hand(model, batches: list[dict], weight_decay: float) -> list[float
         optimizer.step()
         optimizer.zero_grad()
         losses.append(step_loss)
-    return losses
+    return losses, norms
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -103,7 +104,7 @@ def test_losses_and_saved_weights_equal_a_loop_by_hand(
     method, tiny_settings, load_tiny, tiny_batch, tmp_path, monkeypatch
 ):
     changes = dict(METHODS[method])
-    training = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, **changes.pop("training", {})}
+    training = {"max_steps": STEPS, "learning_rate": LEARNING_RATE, "max_grad_norm": 0.4, **changes.pop("training", {})}
     plan = resolve_mapping(tiny_settings(training=training, monitor={"gradients": True}, **changes))
     load_tiny().save_pretrained(tmp_path / "base")
     batches = list_batches(plan, tmp_path)
@@ -115,9 +116,11 @@ def test_losses_and_saved_weights_equal_a_loop_by_hand(
     losses = [record["loss"] for record in records]
 
     model = build_model_by_hand(method, load_tiny)
-    expected = train_by_hand(model, batches, WEIGHT_DECAY.get(method, 0.0))
+    expected, norms = train_by_hand(model, batches, WEIGHT_DECAY.get(method, 0.0))
     assert losses == pytest.approx(expected, abs=1e-5)
     assert losses[-1] < losses[0]
+    assert [r["grad_norm"] for r in records] == pytest.approx(norms, rel=1e-4)
+    assert max(norms) > 0.4, "the clipping has to matter"
     assert [r["learning_rate"] for r in records] == pytest.approx([learning_rate(step) for step in range(STEPS)])
 
     saved = load_saved(method, result.weights, load_tiny)

@@ -298,3 +298,87 @@ def test_combinations_train_and_save(tiny_settings, changes):
     assert result.report["alarms"] == []
     first, *_, last = [r for r in read_metrics(result.folder) if r.get("loss") is not None]
     assert first["grad_norm"] > 0 and last["loss"] != first["loss"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"freeze": {"first": 2}}, {"lora": LORA}, {"lora": LORA, "quantization": {"bits": 4}}],
+    ids=["sft", "lora", "qlora"],
+)
+def test_bf16_is_mixed_precision_with_float32_weights(tiny_settings, monkeypatch, changes):
+    """On GPUs bf16 is the default; the CPU can do it too, and nothing else would notice a wrong mapping."""
+    trainers = []
+    build = sft.build_trainer
+    monkeypatch.setattr(sft, "build_trainer", lambda **parts: trainers.append(build(**parts)) or trainers[-1])
+    settings = tiny_settings(data=EVAL, ema={"decay": 0.5}, report={"samples": 1, "max_new_tokens": 4}, **changes)
+    result = run({**settings, "training": {**settings["training"], "precision": "bf16"}})
+    assert trainers[0].args.bf16 and not trainers[0].args.fp16
+    assert {p.dtype for p in trainers[0].model.parameters() if p.requires_grad} == {torch.float32}
+    assert result.report["compute"]["dtype"] == "bfloat16"
+    fp32 = run(settings)
+    losses = [[r["loss"] for r in read_metrics(x.folder) if r.get("loss") is not None] for x in (result, fp32)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
+def use_gradient_scaler(monkeypatch, scale: float) -> None:
+    """Gives the run a real gradient scaler, as fp16 has on a GPU; the CPU has one too."""
+    from accelerate.state import AcceleratorState
+
+    plain_init = ForgeSFTTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        plain_init(self, *args, **kwargs)
+        self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        self.accelerator.native_amp = True
+        monkeypatch.setitem(AcceleratorState._shared_state, "_mixed_precision", "fp16")
+
+    monkeypatch.setattr(ForgeSFTTrainer, "__init__", init)
+    # The CPU has the scaler but no fp16 arithmetic worth the name: computed is in float32.
+    context = "accelerate.accelerator.get_mixed_precision_context_manager"
+    monkeypatch.setattr(context, lambda *args, **kwargs: torch.autocast("cpu", enabled=False))
+
+
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_a_gradient_scaler_changes_no_figure(tiny_settings, monkeypatch, max_grad_norm):
+    figures = []
+    for scale in (None, 2.0**10):
+        if scale:
+            use_gradient_scaler(monkeypatch, scale)
+        settings = tiny_settings(lora=LORA)
+        result = run({**settings, "training": {**settings["training"], "max_grad_norm": max_grad_norm}})
+        figures.append([(r["loss"], r["grad_norm"]) for r in read_metrics(result.folder)])
+    assert torch.tensor(figures[0]).allclose(torch.tensor(figures[1]), rtol=1e-4)
+
+
+def test_steps_that_overflow_are_skipped_seen_and_not_averaged(tiny_settings, monkeypatch):
+    averages = []
+    build = sft.build_trainer
+    monkeypatch.setattr(sft, "build_trainer", lambda **parts: averages.append(parts["ema"]) or build(**parts))
+    use_gradient_scaler(monkeypatch, 1.9 * 2.0**127)  # just below the end of float32: the first steps overflow
+    settings = tiny_settings(lora=LORA, ema={"decay": 0.5})
+    result = run({**settings, "training": {**settings["training"], "max_steps": 12}})
+    skipped = [bool(r.get("skipped")) for r in read_metrics(result.folder)]
+    assert skipped[0] and not skipped[-1]
+    assert averages[0].average.num_updates == skipped.count(False)
+
+
+def test_overflow_without_end_stops_the_run(tiny_settings, monkeypatch):
+    use_gradient_scaler(monkeypatch, 2.0**20)
+    measure = ForgeSFTTrainer._clip_grad_norm
+
+    def overflow(self, model):
+        next(p for p in model.parameters() if p.grad is not None).grad[0] = float("inf")
+        return measure(self, model)
+
+    monkeypatch.setattr(ForgeSFTTrainer, "_clip_grad_norm", overflow)
+    settings = tiny_settings(lora=LORA)
+    with pytest.raises(DivergedError, match="step 21"):
+        run({**settings, "training": {**settings["training"], "max_steps": 40}})
+
+
+def test_held_out_loss_is_a_mean_over_tokens(tiny_settings):
+    losses = []
+    for rows in (1, 7, 60):
+        result = run(tiny_settings(data=EVAL, lora=LORA, evaluation={"per_device_eval_batch_size": rows}))
+        losses.append(result.report["losses"]["eval_raw"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)

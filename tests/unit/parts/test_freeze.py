@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 
 import pytest
 import torch
@@ -111,6 +112,15 @@ def test_trainable_embeddings_keep_the_backward_pass(load_tiny, tiny_batch):
     assert report.compute_ratio(trains_weights=True, activation_checkpointing=True) == 1
     model(**tiny_batch).loss.backward()
     assert model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+def test_a_deep_copy_runs_its_own_weights(load_tiny, tiny_batch):
+    model = load_tiny()
+    freeze_layers(model, 4)
+    copy = deepcopy(model)
+    with torch.no_grad():
+        copy.model.layers[0].mlp.down_proj.weight.zero_()
+        assert not torch.equal(copy(**tiny_batch).logits, model(**tiny_batch).logits)
 
 
 def test_freezing_again_takes_the_decision_anew(load_tiny, tiny_batch):

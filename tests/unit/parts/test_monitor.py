@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge_cli.errors import DivergedError
-from forge_cli.parts.layers import ParameterGroups
-from forge_cli.parts.monitor import MonitorCallback, count_parameters, measure_norms
+from forge_cli.parts.layers import ParameterGroups, count_parameters
+from forge_cli.parts.monitor import MonitorCallback, measure_norms
 
 
 class SyncCounter(TorchDispatchMode):
