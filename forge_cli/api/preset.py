@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
-from pydantic import ValidationError
-
-from forge_cli.errors import ConfigError, Problem
-from forge_cli.resolve.layers import load_preset
+from forge_cli.errors import ConfigError
+from forge_cli.resolve.plan import resolve_mapping
 from forge_cli.schema.runspec import RunSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig, TrainingArguments
 
-# A preset says how to train, never what: these two sections are the run file's own.
-_WHAT = {"model": {"name": "unset"}, "data": {"train": "unset"}}
+# A preset says how to train, never what; the run file's checks want something there.
+_WHAT = {"model": {"name": "forge-tiny"}, "data": {"train": "forge:quickstart/train", "max_length": 128}}
 # What the objects that a preset hands out are made of; freezing, EMA and monitor have their own functions in Python.
 _SECTIONS = ("training", "lora", "quantization", "logging")
 
@@ -81,53 +79,29 @@ def get_preset(name: str, **overrides: object) -> Preset:
     Args:
         name: A preset (``forge presets list``).
         **overrides: Values by the name of their setting, such as ``learning_rate=2e-4``; settings of LoRA also with
-            the prefix ``lora_``, such as ``lora_r=32``.
+            the prefix ``lora_``, such as ``lora_r=32``. Freezing, EMA and monitor have their own functions in Python.
 
     Raises:
         ConfigError: No such preset or setting, or a value that is not allowed.
     """
-    values: dict[str, object] = {**load_preset(name).data, **_WHAT}
-    problems: list[Problem] = []
+    settings = _list_settings()
+    values: dict[str, dict | object] = {"preset": name, **_WHAT}
     for key, value in overrides.items():
-        section, field = _find_setting(key)
-        if not section:
-            problems.append(Problem("get_preset", key, "no such setting", "", _nearest(key)))
-            continue
-        present = values.get(section)
-        values[section] = {**(present if isinstance(present, dict) else {}), field: value}
-    if problems:
-        raise ConfigError.from_problems(problems)
-    try:
-        return Preset(name, RunSpec.model_validate(values))
-    except ValidationError as error:
-        problems = [Problem("get_preset", ".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
-        raise ConfigError.from_problems(problems) from None
+        if key in settings:
+            section, field = settings[key]
+            values.setdefault(section, {})[field] = value
+        elif key in RunSpec.model_fields:
+            raise ConfigError(f"get_preset: {key} reaches none of the objects that a preset hands out")
+        else:
+            values[key] = value  # unknown: the run file's own check says what was meant
+    return Preset(name, resolve_mapping(values).spec)
 
 
-def _settings() -> dict[str, tuple[str, str]]:
-    """Maps flat names to (section, field); a name that two sections share is left out."""
-    from typing import get_args
-
+def _list_settings() -> dict[str, tuple[str, str]]:
+    """Maps the flat names of Python to (section, field)."""
     found: dict[str, tuple[str, str]] = {}
-    twice: set[str] = set()
     for section in _SECTIONS:
         annotation = RunSpec.model_fields[section].annotation
-        kinds = [kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields")]
-        for field in kinds[0].model_fields:
-            if field in found:
-                twice.add(field)
-            found[field] = (section, field)
-            if section == "lora":
-                found.setdefault(f"lora_{field}", (section, field))
-    return {key: place for key, place in found.items() if key not in twice}
-
-
-def _find_setting(key: str) -> tuple[str, str]:
-    return _settings().get(key, ("", ""))
-
-
-def _nearest(key: str) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(key, list(_settings()), n=1)
-    return f"did you mean {close[0]}?" if close else "see forge config schema for all settings"
+        kind = next(kind for kind in (annotation, *get_args(annotation)) if hasattr(kind, "model_fields"))
+        found |= {field: (section, field) for field in kind.model_fields}
+    return found | {f"lora_{field}": place for field, place in found.items() if place[0] == "lora"}

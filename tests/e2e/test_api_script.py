@@ -56,7 +56,7 @@ def test_get_preset_takes_the_guides_values(capsys):
 
 
 def test_get_preset_refuses_what_it_does_not_know():
-    with pytest.raises(ConfigError, match="did you mean learning_rate"):
+    with pytest.raises(ConfigError, match=r"did you mean training\.learning_rate"):
         get_preset("lora", learning_rat=1)
     with pytest.raises(ConfigError, match="qlora"):
         get_preset("qlorra")
