@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 
 
 def main() -> None:
@@ -15,9 +16,13 @@ def main() -> None:
     """
     gc.disable()
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    from forge_cli.cli.app import run_app
+    try:
+        from forge_cli.cli.app import run_app
 
-    run_app()
+        run_app()
+    except KeyboardInterrupt:
+        # Ctrl-C while modules are imported, before the command line can answer for it.
+        sys.exit(130)
 
 
 if __name__ == "__main__":

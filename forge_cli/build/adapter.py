@@ -64,7 +64,8 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
                 parameter.data = parameter.data.float()
         targets = tuple(sorted(config.target_modules))
         _check_adapters(model, num_frozen, num_layers)
-    report = _freeze(model, spec.freeze, num_frozen) if spec.freeze else None
+    whole = spec.lora.modules_to_save if spec.lora else []
+    report = _freeze(model, spec.freeze, num_frozen, whole) if spec.freeze else None
     total, trainable = count_parameters(model)
     return model, TrainableReport(total, trainable, targets, report)
 
@@ -134,6 +135,9 @@ def _check_adapters(model: torch.nn.Module, num_frozen: int, num_layers: int) ->
         )
 
 
-def _freeze(model: torch.nn.Module, freeze: FreezeSection, num_frozen: int) -> FreezeReport:
-    embeddings = freeze.embeddings if freeze.embeddings is not None else freeze.first is not None
+def _freeze(model: torch.nn.Module, freeze: FreezeSection, num_frozen: int, whole: Sequence[str]) -> FreezeReport:
+    """Freezes; embeddings that ``modules_to_save`` trains whole stay trained unless the file says otherwise."""
+    embeddings = freeze.embeddings
+    if embeddings is None:
+        embeddings = freeze.first is not None and not any("embed" in name or name == "wte" for name in whole)
     return freeze_layers(model, num_frozen, embeddings=embeddings, patterns=freeze.patterns)

@@ -150,7 +150,12 @@ def _prepare_split(
     _refuse_overlong(report, rows, data)
     lengths = sorted(len(ids) for ids in columns["input_ids"])
     if not lengths:
-        raise DataError(f"no row is left for {split}", where=rows.name, why=report.line())
+        raise DataError(
+            f"no row is left for {split}: no answer fits into data.max_length {data.max_length}",
+            where=rows.name,
+            why=f"all {len(rows.rows)} rows are longer; the longest has {report.longest_tokens} tokens",
+            fix=f"raise data.max_length, to {report.longest_tokens} to keep all",
+        )
     report.rows_kept, report.tokens = len(lengths), sum(lengths)
     report.longest_tokens, report.median_tokens = lengths[-1], lengths[len(lengths) // 2]
     return Dataset.from_dict(columns), report, questions

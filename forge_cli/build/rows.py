@@ -48,7 +48,7 @@ def read_rows(name: str, split: str = "train") -> Rows:
     """
     if is_embedded_data(name):
         return _read_file(name, find_embedded_data(name) or Path(name))
-    if is_data_file(name):
+    if is_data_file(name) or Path(name).exists():
         return _read_file(name, Path(name).expanduser())
     return _read_hub(name, split)
 
@@ -60,18 +60,21 @@ def find_format(rows: Rows, wanted: str = "auto") -> str:
         DataError: Rows differ, or have none of the known columns; names rows.
     """
     found: dict[str, str] = {}
-    strangers: list[Problem] = []
+    strangers: dict[str, list[str]] = {}
     for row, place in zip(rows.rows, rows.places, strict=True):
         kind = wanted if wanted != "auto" else next((k for k, c in FORMATS.items() if all(x in row for x in c)), "")
         missing = [column for column in FORMATS.get(kind, ()) if column not in row]
         if not kind or missing:
-            what = f"columns {', '.join(map(str, row)) or 'none'}"
             lacks = f"; {', '.join(missing)} is missing" if missing else ""
-            strangers.append(Problem(f"{rows.name} {place}", "", what + lacks, "", _wanted_columns(wanted)))
+            strangers.setdefault(f"columns {', '.join(map(str, row)) or 'none'}{lacks}", []).append(place)
         else:
             found.setdefault(kind, place)
     if strangers:
-        refuse_rows(rows.name, strangers)
+        problems = []
+        for what, places in strangers.items():
+            more = f" (and {len(places) - 1} more rows)" if len(places) > 1 else ""
+            problems.append(Problem(f"{rows.name} {places[0]}{more}", "", what, "", _wanted_columns(wanted, what)))
+        refuse_rows(rows.name, problems)
     if len(found) > 1:
         shown = ", ".join(f"{kind} at {place}" for kind, place in found.items())
         raise DataError(
@@ -91,12 +94,16 @@ def refuse_rows(name: str, problems: list[Problem]) -> NoReturn:
     raise DataError.from_problems(listed)
 
 
-def _wanted_columns(wanted: str) -> str:
+def _wanted_columns(wanted: str, what: str) -> str:
+    if "conversations" in what:
+        return 'write messages: [{"role": "user", "content": ...}, ...] instead of conversations with from and value'
     kinds = [wanted] if wanted != "auto" else list(FORMATS)
-    return "wanted: " + " or ".join(" + ".join(FORMATS[kind]) for kind in kinds)
+    return "wanted: " + " or ".join(" + ".join(FORMATS[kind]) for kind in kinds) + "; rename the columns"
 
 
 def _read_file(name: str, path: Path) -> Rows:
+    if path.is_dir():
+        raise DataError("a folder, where a file is wanted", where=name, fix=f"name a {', '.join(DATA_SUFFIXES)} file")
     if not path.is_file():
         raise DataError("no such file", where=name, fix="check the path; it is relative to the current folder")
     if path.stat().st_size == 0:

@@ -86,13 +86,14 @@ def run_app(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         code = app(args=arguments, prog_name="forge", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         if code == _INTERRUPTED:  # Typer has turned Ctrl-C into this
             print("error: stopped by the user", file=sys.stderr)
     except BrokenPipeError:
         # The reader (head, less) has had enough; the interpreter must not try to flush again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = 0
     except Exception as error:
         code = _report_failure(error, debug)
     if not gc.isenabled():
@@ -122,6 +123,9 @@ def _report_failure(error: Exception, debug: bool) -> int:
     if isinstance(error, typer.Abort):
         print("error: stopped by the user", file=sys.stderr)
         return _INTERRUPTED
+    if isinstance(error, OSError) and error.errno in (28, 122):
+        print(f"error: output cannot be written: {error.strerror}", file=sys.stderr)
+        return 5
     hint = "" if debug else "; run it again with --debug for the traceback, and report it"
     print(f"internal error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
     return 1

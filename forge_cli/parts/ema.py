@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from forge_cli.errors import ModelError
+from forge_cli.errors import ConfigError, ModelError
 
 EMA_FILE = "ema.safetensors"
 EMA_STATE_FILE = "ema.json"
@@ -169,6 +169,11 @@ class EMACallback(TrainerCallback):
         device: str = "auto",
         resume_from: str | Path | None = None,
     ) -> None:
+        if not 0 < decay < 1 or update_every < 1 or update_after_step < 0:
+            raise ConfigError(
+                f"EMACallback: decay {decay}, update_every {update_every}, update_after_step {update_after_step}",
+                fix="decay lies between 0 and 1, update_every is at least 1, update_after_step at least 0",
+            )
         self.resume_from = resume_from
         self._loss_scale = 0.0
         self.decay = decay

@@ -152,7 +152,7 @@ def setup_lp_lora_style(model: nn.Module, freeze_ratio: float = 0.5) -> FreezeRe
 
 
 def _freeze_pattern(model: nn.Module, pattern: str) -> None:
-    matches = [module for name, module in model.named_modules() if name and fnmatchcase(name, pattern)]
+    matches = [m for name, m in unwrap_model(model).named_modules() if name and fnmatchcase(name, pattern)]
     if not any(True for module in matches for _ in module.parameters()):
         names = [name for name, _ in unwrap_model(model).named_modules() if name][:8]
         raise ModelError(
@@ -194,5 +194,11 @@ def runs_without_grad(layer: nn.Module) -> bool:
 
 
 def _forward_without_grad(layer: nn.Module, *args, **kwargs):
+    if torch.is_grad_enabled() and any(p.requires_grad for p in layer.parameters()):
+        raise ModelError(
+            "a frozen layer has trainable parameters, which would get no gradient",
+            why="something was made trainable after the layers were frozen",
+            fix="freeze after get_peft_model, or freeze again",
+        )
     with torch.no_grad():
         return layer._forward_with_grad(*args, **kwargs)

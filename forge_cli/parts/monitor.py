@@ -168,6 +168,10 @@ class MonitorCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Reads what is left."""
         self.flush()
+        rates = [record["learning_rate"] for record in self.records if record.get("learning_rate") is not None]
+        if rates and not any(rates):
+            # A warm-up begins at 0, so a run as short as its warm-up changes nothing.
+            self.alarm(state.global_step, "zero_rate", "the learning rate was 0 in every step: nothing was learned")
 
     def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         """Takes the losses of an evaluation, raw and averaged."""
@@ -222,23 +226,23 @@ class MonitorCallback(TrainerCallback):
         if self.spike_ratio is None:
             return
         if total == 0:
-            self._alarm(step, "zero_gradient", "the gradient norm is exactly 0: nothing is learned")
+            self.alarm(step, "zero_gradient", "the gradient norm is exactly 0: nothing is learned")
         if not isinstance(loss, float) or not math.isfinite(loss):
             return
         if loss == 0:
-            self._alarm(step, "zero_loss", "the loss is exactly 0: are all labels masked?")
+            self.alarm(step, "zero_loss", "the loss is exactly 0: are all labels masked?")
         if len(self._recent_losses) == self._recent_losses.maxlen:
             median = statistics.median(self._recent_losses)
             if loss > self.spike_ratio * median:
                 text = f"the loss {loss:.4g} is {loss / median:.1f} times its running median {median:.4g}"
-                self._alarm(step, "spike", text)
+                self.alarm(step, "spike", text)
         self._recent_losses.append(loss)
 
     def _check_missing_gradients(self, step: int) -> None:
         missing = [name for name, p in zip(self._groups.names, self._groups.parameters, strict=True) if p.grad is None]
         if missing and self.spike_ratio is not None:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-            self._alarm(step, "no_gradient", f"{len(missing)} trainable tensors got no gradient: {shown}")
+            self.alarm(step, "no_gradient", f"{len(missing)} trainable tensors got no gradient: {shown}")
 
     def _judge_overflow(self, step: int, norms: torch.Tensor, loss: torch.Tensor | None, *, has_scaler: bool) -> None:
         """Lets a gradient scaler skip the steps it expects to overflow, a few in a row; everything else stops.
@@ -266,7 +270,8 @@ class MonitorCallback(TrainerCallback):
             "training.precision: bf16 or fp32",
         )
 
-    def _alarm(self, step: int, kind: str, message: str) -> None:
+    def alarm(self, step: int, kind: str, message: str) -> None:
+        """Records an alarm."""
         record: Record = {"step": step, "alarm": kind, "message": message}
         self.alarms.append(record)
         self._write(record)

@@ -107,7 +107,7 @@ def _find_fix(path: str, one: FieldInfo, value: object) -> str:
         if number is not None and (int in members or (float in members)):
             return f"write {key}: {show_float(number)}" + (", without quotes" if _is_plain(value) else "")
         near = find_nearest(value, [str(choice) for choice in list_choices(one.annotation)])
-        if near is not None:
+        if near is not None and near != value:
             return f"did you mean {near}?"
         if any(str(member).startswith("list[") for member in members):
             return f"write {key}: [{show(value)[1:-1]}]"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_cli.errors import ForgeError
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.resolve.rules_training import warn_about_ema
@@ -72,13 +73,17 @@ def train_plan(
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
     for line in (f"run folder {folder.path}, plan {plan.digest[:12]}", note, describe_memory(plan)):
         reporter.say(line)
-    with translated_errors(folder.log):
-        reporter.say("loading torch and transformers ...")
-        with library_logs(folder.log):
-            try:
+    try:
+        with translated_errors(folder.log):
+            reporter.say("loading torch and transformers ...")
+            with library_logs(folder.log):
                 return _train(plan, folder, reporter)
-            finally:
-                reporter.finish()
+    except ForgeError:
+        # A run that never began must not hold its name.
+        folder.discard_if_unused()
+        raise
+    finally:
+        reporter.finish()
 
 
 def describe_memory(plan: Plan) -> str:
@@ -165,6 +170,9 @@ def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
     trainer.train()
     seconds, peak = time.perf_counter() - began, peak_memory_bytes()
     loss_after = trainer.evaluate_now()
+    if loss_after and loss_after["eval_loss"] > loss_before["eval_loss"]:
+        worse = f"the held-out loss rose from {loss_before['eval_loss']:.4f} to {loss_after['eval_loss']:.4f}"
+        trainer.monitor.alarm(num_steps, "worse", worse)
     reporter.finish()
     return TrainingFigures(loss_before, loss_after, seconds, peak)
 

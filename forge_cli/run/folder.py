@@ -41,6 +41,11 @@ class RunFolder:
         """What libraries print, and tracebacks."""
         return self.path / "logs" / "forge.log"
 
+    def discard_if_unused(self) -> None:
+        """Removes the folder of a run that ended before anything was measured."""
+        if not self.metrics.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
 
 def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: str, *, overwrite: bool) -> RunFolder:
     """Makes the folder of a new run and writes its plan.

@@ -72,6 +72,8 @@ def library_logs(path: Path) -> Iterator[None]:
     import datasets
 
     datasets.disable_progress_bars()
+    # It reports every retry to the terminal; what matters comes as an exception.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.captureWarnings(True)
     root = logging.getLogger()
     root.addHandler(handler)

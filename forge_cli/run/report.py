@@ -14,6 +14,7 @@ from forge_cli.build.data import PreparedData
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.parts.monitor import MonitorCallback
 from forge_cli.resolve.plan import Plan
+from forge_cli.resolve.sources import EMBEDDED_MODEL
 from forge_cli.run.folder import REPORT_FILE, RunFolder, write_atomic
 from forge_cli.run.summary import verdict
 from forge_cli.units import format_count
@@ -97,8 +98,14 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         "environment": {"python": platform.python_version(), "system": platform.platform(), **_versions()},
         "plan": {path: {"value": o[-1].value, "from": o[-1].where} for path, o in sorted(plan.history.items()) if o},
         "method": {"lora": plan.spec.lora is not None, "model": plan.spec.model.name, "ema": plan.spec.ema is not None},
-        "next": "forge recipes copy qlora-7b my-run.yaml",
+        "next": _next_command(plan, folder),
     }
+
+
+def _next_command(plan: Plan, folder: RunFolder) -> str:
+    if plan.spec.model.name == EMBEDDED_MODEL:
+        return "forge recipes copy qlora-7b my-run.yaml"
+    return f"less {folder.path / 'report.md'}   (it shows how to load the result)"
 
 
 def _samples(samples: list[dict], shown: int) -> list[dict]:

@@ -15,7 +15,7 @@ class TrainingSection(Section):
     learning_rate: float = Field(default=2e-5, gt=0, le=1, description="Peak learning rate.")
     num_train_epochs: float = Field(default=3, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps; when given, num_train_epochs is not used."
+        default=None, ge=1, le=100_000_000, description="Optimizer steps; when given, num_train_epochs is not used."
     )
     per_device_train_batch_size: int = Field(default=4, ge=1, description="Rows per device and micro step.")
     gradient_accumulation_steps: int = Field(default=4, ge=1, description="Micro steps per optimizer step.")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from forge_cli.backend import sft
 from forge_cli.backend.sft import EMA_PREFIX, ForgeSFTTrainer
-from forge_cli.errors import ConfigError, DataError, DivergedError, Interrupted, MachineError
+from forge_cli.errors import ConfigError, DataError, DivergedError, Interrupted, MachineError, ModelError
 from forge_cli.parts.layers import find_decoder_layers
 from forge_cli.resolve.plan import resolve_mapping, resolve_plan
 from forge_cli.run.execute import train, train_plan
@@ -382,3 +382,52 @@ def test_held_out_loss_is_a_mean_over_tokens(tiny_settings):
         result = run(tiny_settings(data=EVAL, lora=LORA, evaluation={"per_device_eval_batch_size": rows}))
         losses.append(result.report["losses"]["eval_raw"])
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
+def test_a_run_that_never_began_frees_its_name(tiny_settings):
+    settings = tiny_settings(lora=LORA, name="retry")
+    with pytest.raises(DataError, match="longer than"):
+        run({**settings, "data": {**settings["data"], "max_length": 16}})
+    assert run(settings).folder.name == "retry"
+
+
+def test_a_run_of_warm_up_alone_raises_an_alarm(tiny_settings):
+    settings = tiny_settings(lora=LORA)
+    result = run({**settings, "training": {**settings["training"], "max_steps": 1}})
+    assert [alarm["alarm"] for alarm in result.report["alarms"]] == ["zero_rate"]
+
+
+def test_a_run_that_ends_worse_raises_an_alarm(tiny_settings):
+    settings = tiny_settings(data=EVAL)
+    wild = {"learning_rate": 1.0, "max_grad_norm": 0.0, "warmup_steps": 0, "max_steps": 6}
+    result = run({**settings, "training": {**settings["training"], **wild}})
+    assert "worse" in [alarm["alarm"] for alarm in result.report["alarms"]]
+
+
+def test_embeddings_that_are_saved_whole_are_trained_above_frozen_layers(tiny_settings, load_tiny):
+    result = run(tiny_settings(lora={**LORA, "modules_to_save": ["embed_tokens"]}, freeze={"first": 4}))
+    saved = load_file(result.weights / "adapter_model.safetensors")
+    [name] = [key for key in saved if "embed_tokens" in key]
+    assert not torch.equal(saved[name], load_tiny().get_input_embeddings().weight)
+    assert result.report["trainable"]["freeze"]["blocked_by"]
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_names_that_match_nothing_are_refused(tiny_settings, field):
+    with pytest.raises(ModelError, match=f"lora.{field}: nothing matches no module"):
+        run(tiny_settings(lora={**LORA, field: ["nothing"]}))
+
+
+def test_an_architecture_without_sdpa_takes_its_own_attention(tiny_settings, tmp_path):
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=256, pad_token_id=0, eos_token_id=3, bos_token_id=1,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path / "gemma2")
+    tokenizer.save_pretrained(tmp_path / "gemma2")
+    model = {"name": str(tmp_path / "gemma2")}
+    result = run(tiny_settings(model=model, lora=LORA, freeze={"first": 1}, ema={"decay": 0.5}))
+    assert result.report["steps"] == 3 and result.report["alarms"] == []

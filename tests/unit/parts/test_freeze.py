@@ -123,6 +123,17 @@ def test_a_deep_copy_runs_its_own_weights(load_tiny, tiny_batch):
         assert not torch.equal(copy(**tiny_batch).logits, model(**tiny_batch).logits)
 
 
+def test_adapters_placed_after_freezing_are_refused(load_tiny, tiny_batch):
+    """They would get no gradient, silently."""
+    model = load_tiny()
+    setup_lp_lora_style(model, freeze_ratio=0.5)
+    model = wrap(model)
+    with pytest.raises(ModelError, match="freeze after get_peft_model"):
+        model(**tiny_batch)
+    setup_lp_lora_style(model, freeze_ratio=0.5)
+    model(**tiny_batch).loss.backward()
+
+
 def test_freezing_again_takes_the_decision_anew(load_tiny, tiny_batch):
     model = load_tiny()
     assert freeze_layers(model, 4).prefix_without_grad
