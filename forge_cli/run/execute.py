@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forge_cli.errors import ForgeError
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.resolve.rules_training import warn_about_ema
@@ -78,12 +77,9 @@ def train_plan(
             reporter.say("loading torch and transformers ...")
             with library_logs(folder.log):
                 return _train(plan, folder, reporter)
-    except ForgeError:
-        # A run that never began must not hold its name.
-        folder.discard_if_unused()
-        raise
     finally:
         reporter.finish()
+        folder.settle()
 
 
 def describe_memory(plan: Plan) -> str:

@@ -17,9 +17,15 @@ PARTIAL_SUFFIX = ".partial"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where one run keeps its files."""
+    """Where one run keeps its files.
+
+    Attributes:
+        path: The folder.
+        replaced: Where the earlier run of this name waits, with ``--overwrite``.
+    """
 
     path: Path
+    replaced: Path | None = None
 
     @property
     def plan(self) -> Path:
@@ -41,10 +47,19 @@ class RunFolder:
         """What libraries print, and tracebacks."""
         return self.path / "logs" / "forge.log"
 
-    def discard_if_unused(self) -> None:
-        """Removes the folder of a run that ended before anything was measured."""
-        if not self.metrics.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+    def settle(self) -> None:
+        """Ends the run's claim on its name.
+
+        A run that measured something stays, and the one it replaced goes. One that never began must not hold the
+        name: it goes, and the earlier one comes back.
+        """
+        if self.metrics.exists():
+            if self.replaced:
+                shutil.rmtree(self.replaced, ignore_errors=True)
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self.replaced:
+            self.replaced.rename(self.path)
 
 
 def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: str, *, overwrite: bool) -> RunFolder:
@@ -57,7 +72,7 @@ def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: s
         name: Name in the run file.
         stem: Name to fall back on.
         plan_text: Content of ``plan.yaml``.
-        overwrite: Delete the earlier run of this name, if it is one.
+        overwrite: Replace the earlier run of this name, if it is one.
 
     Raises:
         MachineError: The run exists, or the folder cannot be made.
@@ -65,8 +80,8 @@ def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: s
     root = Path(output_dir).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        path = _claim(root, name, overwrite) if name else _claim_next(root, stem)
-        folder = RunFolder(path)
+        replaced = _set_aside(root, name) if name and overwrite and (root / name).exists() else None
+        folder = RunFolder(_claim(root, name) if name else _claim_next(root, stem), replaced)
         folder.log.parent.mkdir()
         write_atomic(folder.plan, plan_text)
     except OSError as error:
@@ -88,15 +103,17 @@ def write_atomic(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _claim(root: Path, name: str, overwrite: bool) -> Path:
+def _set_aside(root: Path, name: str) -> Path:
+    """Moves an earlier run out of the way. A folder without a plan was not made by Forge and is not ours to move."""
     path = root / name
-    if overwrite and path.exists():
-        # A folder without a plan was not made by Forge and is not ours to delete.
-        if not (path / PLAN_FILE).is_file():
-            raise MachineError("--overwrite: this folder is not a run", where=str(path), fix="choose another name")
-        trash = root / f".{name}.trash-{os.getpid()}"
-        path.rename(trash)
-        shutil.rmtree(trash)
+    if not (path / PLAN_FILE).is_file():
+        raise MachineError("--overwrite: this folder is not a run", where=str(path), fix="choose another name")
+    aside = root / f".{name}.replaced-{os.getpid()}"
+    return path.rename(aside)
+
+
+def _claim(root: Path, name: str) -> Path:
+    path = root / name
     try:
         path.mkdir()
     except FileExistsError:

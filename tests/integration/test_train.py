@@ -222,8 +222,13 @@ def test_a_named_run_is_never_overwritten_unasked(tiny_settings):
     with pytest.raises(MachineError, match="exists already"):
         run(settings)
     assert (first.folder / "report.json").read_bytes() == before
+    broken = resolve_mapping({**settings, "data": {**settings["data"], "max_length": 16}})
+    with pytest.raises(DataError):
+        train_plan(broken, overwrite=True, reporter=QuietReporter())
+    assert (first.folder / "report.json").read_bytes() == before
     train_plan(resolve_mapping(settings), overwrite=True, reporter=QuietReporter())
     assert (first.folder / "report.json").read_bytes() != before
+    assert [path.name for path in first.folder.parent.iterdir()] == ["mine"]
 
 
 def test_data_is_checked_before_weights_are_read(tiny_settings, tmp_path, monkeypatch):
