@@ -2,8 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
-# Idle threads sleep instead of spinning: several times faster when a machine's few cores are shared.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help quickstart test real tiny-base bench lint clean
 

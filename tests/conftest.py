@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports torch: no network, no telemetry, and idle threads that do not fight over two cores.
+# Before anything imports torch: no network, no telemetry.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TINY = Path(__file__).parent.parent / "forge_cli" / "assets" / "forge-tiny"
 

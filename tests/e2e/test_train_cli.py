@@ -104,6 +104,8 @@ def test_ctrl_c_stops_cleanly(workspace):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Shells start background jobs with SIGINT ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = workspace / "runs/run/metrics.jsonl"
     deadline = time.monotonic() + 120
