@@ -8,7 +8,7 @@ RUN = $(VENV)/bin
 help:
 	@echo "make quickstart  install into $(VENV), train the embedded model, show answers before and after"
 	@echo "make test        the whole test suite"
-	@echo "make real        train a real 135M model on real conversations, offline (about 20 minutes, 2 cores)"
+	@echo "make real        train a real 135M model on real conversations, offline (under 10 minutes, 2 cores)"
 	@echo "make tiny-base   rebuild the embedded model from random weights"
 	@echo "make bench       start-up times, and the cost of EMA and monitor"
 
