@@ -1,60 +1,22 @@
 """One row of data becomes text, token ids and labels.
 
-The tokenizer's own chat template is the only source of special tokens. Which tokens are trained is found by
-rendering the conversation turn by turn: what an assistant turn adds to the text before it, up to and including its
-end token, is trained.
+The tokenizer's own chat template is the only source of special tokens; :mod:`forge_cli.parts.turns` finds in its text
+what is trained. The text of a special token inside a row is encoded as text, never as the token.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 
-IGNORED = -100
+from forge_cli.parts.labels import IGNORED, RenderedRow, Tokens, drop_breaks, label_tokens
+from forge_cli.parts.turns import BREAK, MARKS, REASONING_FIELDS, Message, RowError, Span, TurnFinder
+
+__all__ = ["IGNORED", "RenderedRow", "Renderer", "RowError", "Tokens", "render_messages"]
 ROLES = ("system", "user", "assistant", "tool")
-Message = Mapping[str, str]
-Span = tuple[int, int]
-
-
-class RowError(ValueError):
-    """A row that cannot be trained on; the message says why. The caller knows its number."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A tokenised row.
-
-    Attributes:
-        input_ids: Token ids ``[T]``.
-        labels: The same ids where the token is trained, else -100 ``[T]``.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-
-    @property
-    def num_trained(self) -> int:
-        """Number of trained tokens."""
-        return len(self.labels) - self.labels.count(IGNORED)
-
-
-@dataclass(frozen=True)
-class RenderedRow:
-    """A row as text, before it is tokenised.
-
-    Attributes:
-        text: The whole text.
-        spans: Characters that are trained, as (first, behind the last).
-        from_template: The chat template wrote all special tokens; otherwise the tokenizer adds its begin token, and
-            an end token follows.
-    """
-
-    text: str
-    spans: tuple[Span, ...]
-    from_template: bool
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Renderer:
@@ -69,121 +31,167 @@ class Renderer:
         added = tokenizer.added_tokens_decoder.values()
         named = {token for token in tokenizer.all_special_tokens if token}
         # Only some of the tokens that control a model have a name (eos_token, ...); the flag tells the others.
-        control = sorted(named | {token.content for token in added if token.special}, key=len, reverse=True)
-        self._control = re.compile("|".join(re.escape(token) for token in control if len(token) > 2) or r"(?!)")
-        self._ends = tuple(named | {token.content for token in added})
+        special = named | {token.content for token in added if token.special}
+        control = sorted((token for token in special if len(token) > 2), key=len, reverse=True)
+        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        tags = [token.content for token in added if token.content not in special and token.content.strip()]
+        self._finder = TurnFinder(self._control, tags)
+        self._has_marks = bool(tokenizer.chat_template) and bool(_GENERATION.search(str(tokenizer.chat_template)))
 
-    def render_messages(self, messages: Sequence[Message], *, train_on: str, trained_from: int = 0) -> RenderedRow:
+    def render_messages(
+        self,
+        messages: Sequence[Message],
+        *,
+        train_on: str,
+        trained_from: int = 0,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        template_options: Mapping[str, object] | None = None,
+    ) -> RenderedRow:
         """Renders a conversation.
 
         Args:
-            messages: ``{"role", "content"}`` in order.
+            messages: ``{"role", "content"}`` in order, with ``tool_calls``, ``reasoning_content`` and what else the
+                template knows; ``weight: 0`` leaves an answer untrained.
             train_on: ``assistant`` (all assistant turns), ``last_assistant`` or ``all``.
             trained_from: Turns before this index are never trained (a prompt given as messages).
+            tools: JSON schemas of the functions that may be called.
+            template_options: Further variables for the template.
 
         Raises:
-            RowError: Unknown roles, no assistant turn, special tokens inside a text, a template that writes no end
-                token, or one that rewrites earlier turns so that a turn's own text cannot be told.
+            RowError: Unknown roles, no assistant turn, or a template that refuses the conversation, leaves text out,
+                rewrites or moves it, or writes no end token.
         """
-        self._check_messages(messages)
-        text = self._apply_template(messages)
+        cleaned, trained = self._clean(messages, train_on, trained_from)
+        tools = self._break(list(tools)) if tools else None
+        options = dict(template_options or {})
+
+        def render(chat: Sequence[Message], add_generation_prompt: bool = False) -> str:
+            return self._apply_template(chat, add_generation_prompt, tools, options)
+
+        text = render(cleaned)
         begin = self.tokenizer.bos_token
         if begin and text.startswith(begin * 2):
             raise RowError("the chat template writes two begin tokens")
-        if train_on == "all":
-            return RenderedRow(text, ((0, len(text)),), from_template=True)
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= trained_from]
-        if not turns:
-            raise RowError("no assistant turn to train on")
-        if train_on == "last_assistant":
-            turns = turns[-1:]
-        return RenderedRow(text, tuple(self._find_turn(messages, text, turn) for turn in turns), from_template=True)
+        everything = train_on == "all"
+        spans = self._finder.find_spans(render, cleaned, text, [] if everything else trained)
+        if self._has_marks and train_on == "assistant" and trained_from == 0:
+            self._compare_with_marks(cleaned, text, spans, trained, tools, options)
+        return RenderedRow(text, ((0, len(text)),) if everything else tuple(spans), from_template=True)
 
     def render_completion(self, prompt: str, completion: str, *, train_on: str) -> RenderedRow:
         """Joins a plain prompt and its completion; the completion and its end token are trained."""
-        self._check_text(prompt)
-        self._check_text(completion)
+        prompt, completion = self._clean_text(prompt), self._clean_text(completion)
         if not completion:
             raise RowError("the completion is empty")
-        text = prompt + completion
-        start = 0 if train_on == "all" else len(prompt)
-        return self._plain(text, start)
+        return self._plain(prompt + completion, 0 if train_on == "all" else len(prompt))
 
     def render_text(self, text: str) -> RenderedRow:
         """Takes running text; all of it and an end token are trained."""
-        self._check_text(text)
+        text = self._clean_text(text)
         if not text:
             raise RowError("the text is empty")
         return self._plain(text, 0)
 
-    def encode_prompt(self, prompt: str | Sequence[Message]) -> list[int]:
+    def encode_prompt(
+        self, prompt: str | Sequence[Message], tools: Sequence | None = None, template_options: Mapping | None = None
+    ) -> list[int]:
         """Returns the token ids ``[T]`` of a plain prompt or a conversation, up to where the model is to answer."""
         if not isinstance(prompt, str):
-            text = self._apply_template(prompt, add_generation_prompt=True)
-            return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = list(self.tokenizer(prompt)["input_ids"])
+            chat = [self._break(dict(message)) for message in prompt]
+            text = self._apply_template(chat, True, self._break(list(tools)) if tools else None, template_options or {})
+            return self._encode([RenderedRow(text, (), from_template=True)])[0].input_ids
+        ids = self._encode([RenderedRow(self._clean_text(prompt), (), from_template=False)])[0].input_ids
         # Some tokenizers end every text by themselves.
         return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
 
     def find_end_token(self) -> int | None:
         """Returns the token that ends an answer: the chat template's, which need not be the tokenizer's."""
         if self.tokenizer.chat_template:
-            turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-            text = self._apply_template(turns).rstrip()
-            if text.endswith(self._ends):
-                return self.tokenizer(text, add_special_tokens=False)["input_ids"][-1]
+            end = self._finder.find_end(self._apply_template)
+            if end is not None:
+                return self.tokenizer.convert_tokens_to_ids(end)
         return self.tokenizer.eos_token_id
 
     def tokenize(self, rows: Sequence[RenderedRow]) -> Iterator[Tokens]:
-        """Tokenises every row as a whole, all rows at once, and labels the trained tokens."""
+        """Tokenises every row as a whole, all rows at once, and labels the trained tokens.
+
+        Raises:
+            RowError: The text of a special token cannot be kept apart from it by this tokenizer.
+        """
         for from_template, group in groupby(rows, key=lambda row: row.from_template):
-            batch = list(group)
-            encoded = self.tokenizer(
-                [row.text for row in batch],
-                add_special_tokens=not from_template,
-                return_offsets_mapping=True,
-                return_attention_mask=False,
-                verbose=False,
-            )
-            for row, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                tokens = Tokens(ids, _label(ids, offsets, row.spans))
+            for tokens in self._encode(list(group)):
                 yield tokens if from_template else self._with_end(tokens)
+
+    def _encode(self, rows: Sequence[RenderedRow]) -> list[Tokens]:
+        encoded = self.tokenizer(
+            [row.text for row in rows],
+            add_special_tokens=not rows[0].from_template,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return [
+            drop_breaks(row.text, Tokens(ids, label_tokens(ids, offsets, row.spans)), offsets)
+            for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        ]
 
     def _plain(self, text: str, start: int) -> RenderedRow:
         if self.tokenizer.eos_token_id is None:
             raise RowError("the tokenizer has no end token, so the model could never learn to stop")
         return RenderedRow(text, ((start, len(text)),), from_template=False)
 
-    def _apply_template(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def _apply_template(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: list | None = None,
+        options: Mapping[str, object] | None = None,
+    ) -> str:
+        if not self.tokenizer.chat_template:
+            raise RowError(
+                "the tokenizer has no chat template, so it cannot write a conversation; train an instruct model, or "
+                "give rows of prompt and completion"
+            )
         try:
             # A batch of one, because what comes before a leading answer is a conversation without turns.
             return self.tokenizer.apply_chat_template(
-                [list(messages)], tokenize=False, add_generation_prompt=add_generation_prompt
+                [list(messages)],
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **(options or {}),
             )[0]
         except Exception as error:
             raise RowError(f"the chat template refuses this conversation: {error}") from error
 
-    def _find_turn(self, messages: Sequence[Message], text: str, turn: int) -> Span:
-        """Finds the characters that an assistant turn adds, up to its end token."""
-        before = self._apply_template(messages[:turn], add_generation_prompt=True)
-        after = text if turn + 1 == len(messages) else self._apply_template(messages[: turn + 1])
-        if not text.startswith(after):
-            raise RowError(
-                f"the chat template rewrites turn {turn + 1} or one before it when more turns follow, so what it adds "
-                "cannot be told; data.train_on: last_assistant or all may work"
-            )
-        if not after.startswith(before):
-            raise RowError(
-                f"the chat template asks for an answer in other words than it writes before turn {turn + 1}, so what "
-                "that turn adds cannot be told; data.train_on: all may work"
-            )
-        # Templates end a turn with its end token and often a line break, which the model never has to produce.
-        added = after[len(before) :].rstrip()
-        if not added.endswith(self._ends):
-            raise RowError(
-                f"the chat template writes no end token after turn {turn + 1}, so the model could never learn to stop"
-            )
-        return len(before), len(before) + len(added)
+    def _compare_with_marks(
+        self,
+        messages: Sequence[Message],
+        text: str,
+        spans: Sequence[Span],
+        trained: Sequence[int],
+        tools: list | None,
+        options: Mapping[str, object],
+    ) -> None:
+        """Compares with what the template itself marks as generated; white space and end tokens may differ."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        names = {**self.tokenizer.special_tokens_map, **options}
+        template = self.tokenizer.get_chat_template(None, tools)
+        _, marks = render_jinja_template(
+            [list(messages)], tools=tools, chat_template=template, return_assistant_tokens_mask=True, **names
+        )
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(marks[0]) != len(answers):
+            return  # one mark a turn is how templates are written; others cannot be laid beside turns
+        for turn, span in zip(trained, spans, strict=True):
+            start, end = marks[0][answers.index(turn)]
+            ours, theirs = (self._control.sub("", text[a:b]).strip() for a, b in (span, (start, end)))
+            if ours != theirs:
+                raise RowError(
+                    f"turn {turn + 1}: the chat template marks {theirs[:40]!r} as generated, but it writes "
+                    f"{ours[:40]!r} there; its generation marks are wrong"
+                )
 
     def _with_end(self, tokens: Tokens) -> Tokens:
         """Appends a trained end token, unless the tokenizer already wrote one."""
@@ -192,28 +200,60 @@ class Renderer:
             return Tokens(tokens.input_ids, [*tokens.labels[:-1], end])
         return Tokens([*tokens.input_ids, end], [*tokens.labels, end])
 
-    def _check_messages(self, messages: Sequence[Message]) -> None:
+    def _clean(
+        self, messages: Sequence[Message], train_on: str, trained_from: int
+    ) -> tuple[list[dict[str, object]], list[int]]:
+        """Checks a conversation; returns it for the template, and the numbers of the turns that are trained."""
         if not messages:
             raise RowError("the conversation is empty")
+        cleaned, trained = [], []
         for number, message in enumerate(messages, 1):
             if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
                 raise RowError(f"turn {number} is not a mapping with role and content")
-            if message["role"] not in ROLES:
-                raise RowError(f"turn {number} has the unknown role {message['role']!r}; use system, user or assistant")
-            if not isinstance(message["content"], str):
-                raise RowError(f"turn {number} has content that is not text")
-            if message["role"] == "assistant" and not message["content"].strip():
-                raise RowError(f"turn {number} is an empty answer")
-            self._check_text(message["content"])
+            # Column files fill what a turn does not have with null.
+            turn = {key: value for key, value in message.items() if value is not None or key == "content"}
+            self._check_turn(turn, number)
+            weight = turn.pop("weight", 1)
+            if weight not in (0, 1):
+                raise RowError(f"turn {number} has the weight {weight!r}; a turn is trained (1) or not (0)")
+            if turn["role"] == "assistant" and number > trained_from and weight:
+                trained.append(number - 1)
+            cleaned.append(self._break(turn))
+        if not trained and train_on != "all":
+            raise RowError("no assistant turn to train on")
+        return cleaned, trained[-1:] if train_on == "last_assistant" else trained
 
-    def _check_text(self, text: str) -> None:
-        """A special token written inside a text would become control, not text."""
+    def _check_turn(self, turn: dict[str, object], number: int) -> None:
+        if turn["role"] not in ROLES:
+            raise RowError(f"turn {number} has the unknown role {turn['role']!r}; use {', '.join(ROLES)}")
+        calls = turn.get("tool_calls")
+        if calls:
+            turn["tool_calls"] = [_read_arguments(call, number) for call in calls]
+        if turn["content"] is None and calls:
+            turn["content"] = ""
+        if not isinstance(turn["content"], str):
+            raise RowError(f"turn {number} has content that is not text")
+        has_more = calls or any(turn.get(name) for name in REASONING_FIELDS)
+        if turn["role"] == "assistant" and not turn["content"].strip() and not has_more:
+            raise RowError(f"turn {number} is an empty answer")
+
+    def _clean_text(self, text: object) -> str:
         if not isinstance(text, str):
             raise RowError(f"{type(text).__name__} where text is wanted")
-        if found := self._control.search(text):
-            raise RowError(f"the text contains the special token {found.group()}")
-        if not text.isascii() and (lone := re.search("[\ud800-\udfff]", text)):
-            raise RowError(f"the text contains half a character, {lone.group()!a}")
+        return self._break(text)
+
+    def _break(self, value):
+        """Puts a break into the text of every special token inside a value, so that it stays text."""
+        if isinstance(value, str):
+            if not value.isascii():
+                if lone := re.search("[\ud800-\udfff]", value):
+                    raise RowError(f"the text contains half a character, {lone.group()!a}")
+                if MARKS.search(value):
+                    raise RowError("the text contains a character of the private plane 16 that Forge marks text with")
+            return self._control.sub(lambda found: found.group()[0] + BREAK + found.group()[1:], value)
+        if isinstance(value, Mapping):
+            return {key: self._break(one) for key, one in value.items()}
+        return [self._break(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def render_messages(tokenizer, messages: Sequence[Message], *, train_on: str) -> Tokens:
@@ -222,15 +262,15 @@ def render_messages(tokenizer, messages: Sequence[Message], *, train_on: str) ->
     return next(renderer.tokenize([renderer.render_messages(messages, train_on=train_on)]))
 
 
-def _label(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
-    """Labels the tokens that hold a character of a span. Shapes: ``ids [T]`` to labels ``[T]``."""
-    labels = [IGNORED] * len(ids)
-    # Many tokenizers leave spaces out of a token's offsets: a token begins where the text so far was covered.
-    covered = list(accumulate((end for _, end in offsets), max))
-    for first, last in spans:
-        start, stop = bisect_right(covered, first), bisect_left(covered, last) + 1
-        # The bytes of one character may be several tokens.
-        while stop < len(ids) and offsets[stop][0] < last == offsets[stop][1]:
-            stop += 1
-        labels[start:stop] = ids[start:stop]
-    return labels
+def _read_arguments(call: object, number: int) -> dict[str, object]:
+    """Templates write a call's arguments as JSON; given as JSON text already, they would be written twice."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError(f"turn {number} has a tool call without a function name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            function = {**function, "arguments": json.loads(arguments)}
+        except ValueError:
+            raise RowError(f"turn {number} has a tool call whose arguments are not JSON") from None
+    return {**call, "function": function} if "function" in call else dict(function)

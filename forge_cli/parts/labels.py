@@ -1,0 +1,73 @@
+"""Token ids and labels of one row: which tokens hold a character that is trained."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from forge_cli.parts.turns import BREAK, RowError, Span
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tokenised row.
+
+    Attributes:
+        input_ids: Token ids ``[T]``.
+        labels: The same ids where the token is trained, else -100 ``[T]``.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def num_trained(self) -> int:
+        """Number of trained tokens."""
+        return len(self.labels) - self.labels.count(IGNORED)
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A row as text, before it is tokenised.
+
+    Attributes:
+        text: The whole text; breaks inside it keep the text of special tokens from becoming the tokens.
+        spans: Characters that are trained, as (first, behind the last).
+        from_template: The chat template wrote all special tokens; otherwise the tokenizer adds its begin token, and
+            an end token follows.
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    from_template: bool
+
+
+def label_tokens(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """Labels the tokens that hold a character of a span. Shapes: ``ids [T]`` to labels ``[T]``."""
+    labels = [IGNORED] * len(ids)
+    # Many tokenizers leave spaces out of a token's offsets: a token begins where the text so far was covered.
+    covered = list(accumulate((end for _, end in offsets), max))
+    for first, last in spans:
+        start, stop = bisect_right(covered, first), bisect_left(covered, last) + 1
+        # The bytes of one character may be several tokens.
+        while stop < len(ids) and offsets[stop][0] < last == offsets[stop][1]:
+            stop += 1
+        labels[start:stop] = ids[start:stop]
+    return labels
+
+
+def drop_breaks(text: str, tokens: Tokens, offsets: Sequence[Span]) -> Tokens:
+    """Takes the tokens of breaks out again."""
+    if BREAK not in text:
+        return tokens
+    kept = []
+    for index, (start, end) in enumerate(offsets):
+        if BREAK not in text[start:end]:
+            kept.append(index)
+        elif end - start != 1:
+            raise RowError("the tokenizer joins the text of a special token with a break, so it cannot stay text")
+    return Tokens([tokens.input_ids[i] for i in kept], [tokens.labels[i] for i in kept])
