@@ -294,9 +294,9 @@ def test_templates_that_move_drop_or_rewrite_text_are_refused(load, template, wh
 
 def test_generation_marks_that_mark_something_else_are_refused(load):
     marked = NO_SYSTEM.replace(
-        "<|im_start|>{{ m.role }}",
+        "<|im_start|>{{ m.role }}\n",
         "<|im_start|>{% if m.role == 'assistant' %}{% generation %}{{ m.role }}{% endgeneration %}"
-        "{% else %}{{ m.role }}{% endif %}",
+        "{% else %}{{ m.role }}{% endif %}{{ '\n' }}",
     )
     with pytest.raises(RowError, match="marks 'assistant' as generated"):
         render_messages(load(marked), CHAT[1:], train_on="assistant")
