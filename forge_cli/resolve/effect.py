@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from forge_cli.resolve.sources import EMBEDDED_MODEL, is_data_file, is_embedded_data, is_model_folder
+from forge_cli.resolve.sources import EMBEDDED_MODEL, is_model_folder
+from forge_cli.schema.data import write_sources
 
 if TYPE_CHECKING:
     from forge_cli.schema.runspec import RunSpec
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 INTERVALS = ("logging.logging_steps", "checkpoint.save_steps", "evaluation.eval_steps")
 # Not what is trained, but where it goes and what it was built from.
 NOT_TRAINING = frozenset({"name", "output_dir", "preset", "extends"})
+EVALUATION_SOURCES = ("data.eval", "data.eval_fraction", "data.eval_rows")
 _NO_EVALUATION = "there are no evaluation rows"
 _ADD_EVALUATION = "add data.eval or data.eval_fraction, or remove the line"
 
@@ -37,9 +39,8 @@ class Idle(NamedTuple):
 
 
 def has_evaluation(spec: RunSpec) -> bool:
-    """Tells whether a run has evaluation rows; ``eval_split`` alone means a split of the training data set."""
-    data = spec.data
-    return data.eval is not None or data.eval_fraction is not None or data.eval_split is not None
+    """Tells whether a run has evaluation rows."""
+    return any(getattr(spec.data, path.rpartition(".")[2]) is not None for path in EVALUATION_SOURCES)
 
 
 def find_idle(spec: RunSpec) -> dict[str, Idle]:
@@ -48,7 +49,7 @@ def find_idle(spec: RunSpec) -> dict[str, Idle]:
 
 
 def _iterate_idle(spec: RunSpec) -> Iterator[tuple[str, Idle]]:
-    sources = ("data.eval", "data.eval_fraction", "data.eval_split")
+    sources = EVALUATION_SOURCES
     if not has_evaluation(spec):
         for path in ("evaluation.eval_steps", "evaluation.per_device_eval_batch_size"):
             yield path, Idle(sources, _NO_EVALUATION, _ADD_EVALUATION)
@@ -67,8 +68,6 @@ def _iterate_idle(spec: RunSpec) -> Iterator[tuple[str, Idle]]:
     if spec.training.lr_scheduler_type == "constant":
         fix = "remove the line, or write lr_scheduler_type: constant_with_warmup"
         yield "training.warmup_steps", Idle(("training.lr_scheduler_type",), "a constant schedule has no warm-up", fix)
-    if spec.data.format == "text":
-        yield "data.train_on", Idle(("data.format",), "all of a text row is trained")
     yield from _iterate_idle_sources(spec)
 
 
@@ -86,17 +85,14 @@ def _iterate_idle_report(spec: RunSpec, sources: tuple[str, ...]) -> Iterator[tu
 
 def _iterate_idle_sources(spec: RunSpec) -> Iterator[tuple[str, Idle]]:
     data, model = spec.data, spec.model
-    if _is_file(data.train):
-        yield "data.train_split", Idle(("data.train",), "data.train is a file, which has no splits")
-    if data.eval_split is not None and _is_file(data.eval or data.train):
-        owner = "data.eval" if data.eval else "data.train"
-        yield "data.eval_split", Idle((owner,), f"{owner} is a file, which has no splits")
+    if data.format in ("text", "tokens"):
+        yield "data.train_on", Idle(("data.format",), f"all of a {data.format} row is trained")
+    if data.on_bad_row == "error":
+        yield "data.max_bad_ratio", Idle(("data.on_bad_row",), "data.on_bad_row is error")
+    if data.on_overlong in ("error", "split"):
+        yield "data.max_lost_ratio", Idle(("data.on_overlong",), f"data.on_overlong is {data.on_overlong}")
     if model.revision is not None and (model.name == EMBEDDED_MODEL or is_model_folder(model.name)):
         yield "model.revision", Idle(("model.name",), f"{model.name} does not come from a hub")
-
-
-def _is_file(name: str) -> bool:
-    return is_data_file(name) or is_embedded_data(name)
 
 
 def list_effective(spec: RunSpec) -> dict[str, object]:
@@ -114,7 +110,8 @@ def list_effective(spec: RunSpec) -> dict[str, object]:
             continue
         for inner in fields:
             if (path := f"{name}.{inner}") not in idle:
-                values[path] = getattr(value, inner)
+                one = getattr(value, inner)
+                values[path] = write_sources(one) if path in ("data.train", "data.eval") else one
     last = spec.training.max_steps
     for path in INTERVALS if last is not None else ():
         if isinstance(values.get(path), int):

@@ -6,7 +6,7 @@ may switch it on again, with the schema's defaults. Every value remembers who sa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -47,7 +47,7 @@ class Layers:
             their own: who named them or switched them off.
         problems: What is wrong with the layers themselves.
         broken: Dotted paths that ``problems`` is about; nothing more should be said about them.
-        items: Dotted path of a list to the place of each item.
+        inside: Dotted path of a setting to a function that places what is inside its value.
         source: Name of the run file.
     """
 
@@ -55,7 +55,7 @@ class Layers:
     history: dict[str, list[Origin]]
     problems: list[Problem] = field(default_factory=list)
     broken: set[str] = field(default_factory=set)
-    items: dict[str, list[str]] = field(default_factory=dict)
+    inside: dict[str, Callable[[KeyPath], str]] = field(default_factory=dict)
     source: str = ""
 
 
@@ -254,8 +254,7 @@ def _put_leaf(layers: Layers, layer: _Layer, path: KeyPath, target: dict, value:
     dotted = ".".join(str(part) for part in path)
     target[path[-1]] = value
     layers.history[dotted].append(Origin(layer.kind, layer.where(path), value))
-    if isinstance(value, list):
-        layers.items[dotted] = [layer.where((*path, index)) for index in range(len(value))]
+    layers.inside[dotted] = lambda rest: layer.where((*path, *rest))
 
 
 def _switch_off(layers: Layers, section: str, origin: Origin) -> None:

@@ -121,6 +121,8 @@ def write_value(value: object) -> str:
     """Writes a value as YAML that :mod:`forge_cli.resolve.yaml_reader` reads back as the same value."""
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(write_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{write_value(key)}: {write_value(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         return value if _is_plain(value) else _quote(value)
     return show_float(value) if isinstance(value, float) else json.dumps(value)

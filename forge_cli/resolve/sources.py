@@ -6,7 +6,9 @@ from pathlib import Path
 
 from forge_cli.paths import assets_root
 
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst")
+HUB_PREFIX = "hf://"
 EMBEDDED_MODEL = "forge-tiny"
 EMBEDDED_PREFIX = "forge:"
 _PATH_STARTS = ("./", "../", "/", "~")
@@ -14,7 +16,17 @@ _PATH_STARTS = ("./", "../", "/", "~")
 
 def is_data_file(name: str) -> bool:
     """Tells whether a data name means a local file rather than a hub data set; it need not exist."""
-    return name.startswith(_PATH_STARTS) or name.lower().endswith(DATA_SUFFIXES)
+    if name.startswith((HUB_PREFIX, EMBEDDED_PREFIX)):
+        return False
+    plain = name.lower()
+    for ending in COMPRESSIONS:
+        plain = plain.removesuffix(ending)
+    return name.startswith(_PATH_STARTS) or is_glob(name) or plain.endswith(DATA_SUFFIXES)
+
+
+def is_glob(name: str) -> bool:
+    """Tells whether a data name is a pattern for several files."""
+    return any(one in name for one in "*?[")
 
 
 def is_embedded_data(name: str) -> bool:

@@ -41,12 +41,12 @@ def explain_values(error: ValidationError, layers: Layers) -> tuple[list[Problem
     problems: dict[str, Problem] = {}
     bad: set[str] = set()
     for one in error.errors(include_url=False, include_context=True):
-        path, index = _find_path(one["loc"])
+        path, inside = _find_path(one["loc"])
         bad.add(path)
-        key = path if index is None else f"{path}[{index}]"
+        key = path + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
         if key in problems or _is_broken(path, layers.broken) or _could_come_from_below(one["type"], layers.broken):
             continue
-        problems[key] = _explain(one["type"], path, index, one["input"], layers)
+        problems[key] = _explain(one["type"], path, inside, one["input"], layers)
     return list(problems.values()), bad
 
 
@@ -60,22 +60,27 @@ def _could_come_from_below(fault: str, broken: set[str]) -> bool:
     return fault == "missing" and "extends" in broken
 
 
-def _find_path(loc: tuple[str | int, ...]) -> tuple[str, int | None]:
-    """Cuts pydantic's union tags off a location: the dotted path of the setting, and the item of a list."""
+def _find_path(loc: tuple[str | int, ...]) -> tuple[str, tuple[str | int, ...]]:
+    """Cuts pydantic's union tags off a location: the dotted path of the setting, and the place inside its value."""
     length = 2 if len(loc) > 1 and loc[0] in find_sections() else 1
-    index = next((part for part in loc[length:] if isinstance(part, int)), None)
-    return ".".join(str(part) for part in loc[:length]), index
+    rest = loc[length:]
+    index = [part for part in rest if isinstance(part, int)][:1]
+    # Behind the tag "source" comes the key of a source.
+    key = [part for part in rest[rest.index("source") + 1 :][:1] if part != "[key]"] if "source" in rest else []
+    return ".".join(str(part) for part in loc[:length]), (*index, *key)
 
 
-def _explain(fault: str, path: str, index: int | None, value: object, layers: Layers) -> Problem:
+def _explain(fault: str, path: str, inside: tuple[str | int, ...], value: object, layers: Layers) -> Problem:
     one = find_field(path)
+    if inside and isinstance(inside[-1], str):
+        return _explain_source(fault, path, inside, value, layers)
+    index = inside[0] if inside else None
     if fault == "missing" or one is None:
         section = path.rpartition(".")[0]
         origin = layers.history[section][-1] if section else None
         where = origin.where if origin and origin.kind != "default" else layers.source
         return Problem(where, path, "is missing", fix=f"write {_EXAMPLES.get(path, path.rpartition('.')[2])}")
-    places = layers.items.get(path, [])
-    where = places[index] if index is not None and index < len(places) else layers.history[path][-1].where
+    where = layers.history[path][-1].where if index is None else layers.inside[path]((index,))
     shown = path if index is None else f"{path}[{index}]"
     if path == "version":
         return Problem(
@@ -91,6 +96,27 @@ def _explain(fault: str, path: str, index: int | None, value: object, layers: La
         return Problem(where, shown, what, fix=_example(path, one))
     what = f"expected {describe_type(one.annotation)}; this is {name_kind(value)} {show(value)}"
     return Problem(where, shown, what, fix=_find_fix(path, one, value))
+
+
+def _explain_source(fault: str, path: str, inside: tuple[str | int, ...], value: object, layers: Layers) -> Problem:
+    """Explains a key of a source inside ``data.train`` or ``data.eval``."""
+    from forge_cli.schema.data import Source
+
+    key, place = str(inside[-1]), inside if fault != "missing" else inside[:-1]
+    where = layers.inside[path](place)
+    shown = path + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+    one = Source.model_fields.get(key)
+    if one is None:
+        near = find_nearest(key, Source.model_fields)
+        fix = f"did you mean {near}?" if near else f"a source has {', '.join(Source.model_fields)}"
+        return Problem(where, shown, "unknown key", fix=fix)
+    if fault == "missing":
+        return Problem(where, shown, "is missing", fix="write {path: data/train.jsonl}")
+    if fault in _RANGE_FAULTS:
+        what = f"must be a number that is {describe_range(one)}; this is {show(value)}"
+        return Problem(where, shown, what, fix=f"write for example {key}: 1")
+    what = f"expected {describe_type(one.annotation)}; this is {name_kind(value)} {show(value)}"
+    return Problem(where, shown, what, fix=_find_fix(key, one, value))
 
 
 def _find_fix(path: str, one: FieldInfo, value: object) -> str:

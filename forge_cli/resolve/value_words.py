@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING, Literal, get_args, get_origin
 
 from forge_cli.resolve.schema_tree import list_members
 from forge_cli.resolve.wording import show
+from forge_cli.schema.data import Source
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_TYPES = {
+    Source: "a source {path: ...}",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
 
 
 def name_kind(value: object) -> str:
@@ -30,7 +38,16 @@ def describe_type(annotation: object) -> str:
             parts.append(choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}")
         elif get_origin(member) is list:
             inner = get_args(member)[0]
-            parts.append("a list of texts" if inner is str else f"a list with items from {describe_type(inner)[7:]}")
+            choices = describe_type(inner)
+            parts.append(
+                f"a list with items from {choices[7:]}"
+                if choices.startswith("one of ")
+                else "a list of them"
+                if parts
+                else "a list of texts"
+            )
+        elif get_origin(member) is dict:
+            parts.append("names with their values")
         else:
             parts.append(_TYPES.get(member, getattr(member, "__name__", str(member))))
     return " or ".join(parts)

@@ -35,6 +35,9 @@ class TrainingSection(Section):
         default=0.03, ge=0, description="Steps of rising learning rate; below 1 it is a share of all steps."
     )
     weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    train_sampling_strategy: Literal["random", "group_by_length"] = Field(
+        default="random", description="Order of the rows; group_by_length batches rows of similar length: less padding."
+    )
     max_grad_norm: float = Field(
         default=1.0, ge=0, description="Gradients are scaled down to this global norm; 0 leaves them alone."
     )

@@ -213,6 +213,21 @@ def test_a_broken_model_folder_keeps_its_exit_code(write, tmp_path):
     assert len(both.value.problems) == 2
 
 
+def test_sources_written_in_different_ways_are_the_same_plan(write):
+    """plan.yaml writes the shortest form, and reads back as the same plan."""
+    (write("x: 1\n").parent / "a.jsonl").touch()
+    one = ["a.jsonl", "{path: a.jsonl}", "[a.jsonl]", "[{path: a.jsonl, weight: 1.0}]"]
+    many = ["[a.jsonl, {path: hf://o/n@v1, rows: 5, columns: {prompt: the question}}]"]
+    plans = {}
+    for text in one + many:
+        plan = resolve_plan(write(f"model: {{name: forge-tiny}}\ndata: {{train: {text}, max_length: 64}}\n"))
+        again = resolve_plan(write(dump_plan(plan)))
+        assert again.digest == plan.digest, dump_plan(plan)
+        plans[text] = plan.digest
+    assert len({plans[text] for text in one}) == 1
+    assert len(set(plans.values())) == 2
+
+
 def test_foreign_keys_point_into_the_schema():
     keys = load_foreign_keys()
     assert len(keys) > 150
