@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -46,13 +46,18 @@ class RenderedRow:
     from_template: bool
 
 
-def label_tokens(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+def label_tokens(
+    ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span], control: Collection[int] = ()
+) -> list[int]:
     """Labels the tokens that hold a character of a span. Shapes: ``ids [T]`` to labels ``[T]``."""
     labels = [IGNORED] * len(ids)
     # Many tokenizers leave spaces out of a token's offsets: a token begins where the text so far was covered.
     covered = list(accumulate((end for _, end in offsets), max))
     for first, last in spans:
         start, stop = bisect_right(covered, first), bisect_left(covered, last) + 1
+        # A control token that takes white space from an answer's start is no part of the answer.
+        while start < stop and offsets[start][0] < first and ids[start] in control:
+            start += 1
         # The bytes of one character may be several tokens.
         while stop < len(ids) and offsets[stop][0] < last == offsets[stop][1]:
             stop += 1

@@ -11,7 +11,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,11 @@ from forge_cli.parts.memory import peak_memory_bytes
 
 Record = dict[str, object]
 MOST_OVERFLOWS = 20
+
+
+def pick_rewards(metrics: Mapping[str, object]) -> Record:
+    """Picks the rewards and log probabilities of better and worse answers, with ``eval_`` before their names or not."""
+    return {name: value for name, value in metrics.items() if "rewards/" in name or "logps/" in name}
 
 
 def measure_norms(groups: ParameterGroups) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,6 +65,7 @@ class MonitorCallback(TrainerCallback):
         spike_window: Steps the median looks back; no spike alarm before it is full.
         metrics_path: JSON-lines file to append to; ``None`` keeps records in memory only.
         on_record: Called with every record, in order.
+        name_rows: Writes where rows stand.
     """
 
     def __init__(
@@ -70,11 +76,13 @@ class MonitorCallback(TrainerCallback):
         spike_window: int = 50,
         metrics_path: Path | None = None,
         on_record: Callable[[Record], None] | None = None,
+        name_rows: Callable[[Sequence[int]], list[str]] | None = None,
     ) -> None:
         self.check_gradients = check_gradients
         self.spike_ratio = spike_ratio
         self.metrics_path = metrics_path
         self.on_record = on_record
+        self.name_rows = name_rows or (lambda rows: [f"row {row}" for row in rows])
         self.records: list[Record] = []
         self.alarms: list[Record] = []
         self.num_tokens = 0
@@ -159,6 +167,8 @@ class MonitorCallback(TrainerCallback):
         A plain Trainer hands over no step losses; there the mean that it logs stands for the last step.
         """
         loss = (logs or {}).get("loss")
+        if self._pending:
+            self._pending[-1]["rewards"] = pick_rewards(logs or {})
         if isinstance(loss, float) and self._pending and self._pending[-1]["loss"] is None:
             self._pending[-1]["loss"] = torch.tensor(loss)
         self.flush()
@@ -174,10 +184,10 @@ class MonitorCallback(TrainerCallback):
             self.alarm(state.global_step, "zero_rate", "the learning rate was 0 in every step: nothing was learned")
 
     def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Takes the losses of an evaluation, raw and averaged."""
+        """Takes the losses of an evaluation, raw and averaged, and the rewards."""
         self.flush()
         losses = {key: metrics.get(key) for key in ("eval_loss", "eval_ema_loss")}
-        self._write({"step": step, **losses, "eval_seconds": metrics.get("eval_runtime")})
+        self._write({"step": step, **losses, "eval_seconds": metrics.get("eval_runtime"), **pick_rewards(metrics)})
 
     # Reading and judging --------------------------------------------------------------------------------------
 
@@ -210,6 +220,7 @@ class MonitorCallback(TrainerCallback):
             record["seconds"] = round(seconds, 6)
             record["tokens"] = entry["tokens"]
             record["tokens_per_second"] = round(entry["tokens"] / seconds, 1) if seconds else None
+            record |= entry.get("rewards", {})
             self.num_tokens += entry["tokens"]
             self.step_seconds += seconds
             if self.check_gradients and place == len(pending) - 1:
@@ -260,14 +271,13 @@ class MonitorCallback(TrainerCallback):
         rows = sorted(set(self._step_rows))
         value = "unknown" if loss is None else f"{loss.item():g}"
         self._write({"step": step, "diverged": True, "loss": value, "rows": rows, "tensors": bad[:20]})
-        where = f"rows {', '.join(map(str, rows[:16]))}{', ...' if len(rows) > 16 else ''}" if rows else ""
+        where = ", ".join([*self.name_rows(rows[:16]), *(["..."] if len(rows) > 16 else [])])
         named = f"; first tensor: {bad[0]}" if bad else ""
         raise DivergedError(
             f"step {step}: the loss is {value} and {len(bad)} of {len(norms)} gradients are not finite{named}",
             where=where,
             why="the update was not made, and the weights are those of the step before",
-            fix="look at these rows (forge trains them in this batch), lower training.learning_rate, or use "
-            "training.precision: bf16 or fp32",
+            fix="look at these rows, lower training.learning_rate, or use training.precision: bf16 or fp32",
         )
 
     def alarm(self, step: int, kind: str, message: str) -> None:

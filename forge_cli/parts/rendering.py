@@ -6,16 +6,15 @@ what is trained. The text of a special token inside a row is encoded as text, ne
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 
 from forge_cli.parts.labels import IGNORED, RenderedRow, Tokens, drop_breaks, label_tokens
-from forge_cli.parts.turns import BREAK, MARKS, REASONING_FIELDS, Message, RowError, Span, TurnFinder
+from forge_cli.parts.turn_check import check_turn
+from forge_cli.parts.turns import BREAK, MARKS, THINKING, Message, RowError, Span, TurnFinder
 
 __all__ = ["IGNORED", "RenderedRow", "Renderer", "RowError", "Tokens", "render_messages"]
-ROLES = ("system", "user", "assistant", "tool")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -33,8 +32,13 @@ class Renderer:
         # Only some of the tokens that control a model have a name (eos_token, ...); the flag tells the others.
         special = named | {token.content for token in added if token.special}
         control = sorted((token for token in special if len(token) > 2), key=len, reverse=True)
-        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
         tags = [token.content for token in added if token.content not in special and token.content.strip()]
+        # Some families do not flag what opens a turn (DeepSeek's <｜User｜>); what asks for an answer shows it.
+        asked = self._ask_plainly()
+        opening = [tag for tag in tags if tag in asked and tag not in THINKING]
+        control, tags = sorted([*control, *opening], key=len, reverse=True), sorted({*tags} - {*opening})
+        self._control = re.compile("|".join(map(re.escape, control)) or r"(?!)")
+        self._control_ids = {number for token, number in tokenizer.added_tokens_encoder.items() if token in {*control}}
         self._finder = TurnFinder(self._control, tags)
         self._has_marks = bool(tokenizer.chat_template) and bool(_GENERATION.search(str(tokenizer.chat_template)))
 
@@ -69,6 +73,8 @@ class Renderer:
             return self._apply_template(chat, add_generation_prompt, tools, options)
 
         text = render(cleaned)
+        if tools and text == self._apply_template(cleaned, False, None, options):
+            raise RowError("the chat template leaves out the tools, so the model would call what it was never told of")
         begin = self.tokenizer.bos_token
         if begin and text.startswith(begin * 2):
             raise RowError("the chat template writes two begin tokens")
@@ -122,23 +128,42 @@ class Renderer:
             for tokens in self._encode(list(group)):
                 yield tokens if from_template else self._with_end(tokens)
 
+    def tokenize_each(self, rows: Sequence[RenderedRow]) -> list[Tokens | RowError]:
+        """Tokenises rows as :meth:`tokenize` does; a row that cannot be tokenised is its own error."""
+        try:
+            return list(self.tokenize(rows))
+        except RowError as error:
+            return [error] if len(rows) == 1 else [one for row in rows for one in self.tokenize_each([row])]
+
     def _encode(self, rows: Sequence[RenderedRow]) -> list[Tokens]:
-        encoded = self.tokenizer(
-            [row.text for row in rows],
-            add_special_tokens=not rows[0].from_template,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
+        texts = [row.text for row in rows]
+        if rows[0].from_template:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_truncation(), backend.no_padding()
+            # It has nothing to add to what a template wrote, but may keep spaces out of the offsets.
+            kept, backend.post_processor = backend.post_processor, None
+            try:
+                found = [(one.ids, one.offsets) for one in backend.encode_batch(texts, add_special_tokens=False)]
+            finally:
+                backend.post_processor = kept
+        else:
+            encoded = self.tokenizer(texts, return_offsets_mapping=True, verbose=False)
+            found = list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
         return [
-            drop_breaks(row.text, Tokens(ids, label_tokens(ids, offsets, row.spans)), offsets)
-            for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+            drop_breaks(row.text, Tokens(ids, label_tokens(ids, offsets, row.spans, self._control_ids)), offsets)
+            for row, (ids, offsets) in zip(rows, found, strict=True)
         ]
 
     def _plain(self, text: str, start: int) -> RenderedRow:
         if self.tokenizer.eos_token_id is None:
             raise RowError("the tokenizer has no end token, so the model could never learn to stop")
         return RenderedRow(text, ((start, len(text)),), from_template=False)
+
+    def _ask_plainly(self) -> str:
+        try:
+            return self._apply_template([{"role": "user", "content": "a"}], True)
+        except RowError:
+            return ""
 
     def _apply_template(
         self,
@@ -212,7 +237,7 @@ class Renderer:
                 raise RowError(f"turn {number} is not a mapping with role and content")
             # Column files fill what a turn does not have with null.
             turn = {key: value for key, value in message.items() if value is not None or key == "content"}
-            self._check_turn(turn, number)
+            check_turn(turn, number)
             weight = turn.pop("weight", 1)
             if weight not in (0, 1):
                 raise RowError(f"turn {number} has the weight {weight!r}; a turn is trained (1) or not (0)")
@@ -222,20 +247,6 @@ class Renderer:
         if not trained and train_on != "all":
             raise RowError("no assistant turn to train on")
         return cleaned, trained[-1:] if train_on == "last_assistant" else trained
-
-    def _check_turn(self, turn: dict[str, object], number: int) -> None:
-        if turn["role"] not in ROLES:
-            raise RowError(f"turn {number} has the unknown role {turn['role']!r}; use {', '.join(ROLES)}")
-        calls = turn.get("tool_calls")
-        if calls:
-            turn["tool_calls"] = [_read_arguments(call, number) for call in calls]
-        if turn["content"] is None and calls:
-            turn["content"] = ""
-        if not isinstance(turn["content"], str):
-            raise RowError(f"turn {number} has content that is not text")
-        has_more = calls or any(turn.get(name) for name in REASONING_FIELDS)
-        if turn["role"] == "assistant" and not turn["content"].strip() and not has_more:
-            raise RowError(f"turn {number} is an empty answer")
 
     def _clean_text(self, text: object) -> str:
         if not isinstance(text, str):
@@ -260,17 +271,3 @@ def render_messages(tokenizer, messages: Sequence[Message], *, train_on: str) ->
     """Renders and tokenises one conversation; see :meth:`Renderer.render_messages`."""
     renderer = Renderer(tokenizer)
     return next(renderer.tokenize([renderer.render_messages(messages, train_on=train_on)]))
-
-
-def _read_arguments(call: object, number: int) -> dict[str, object]:
-    """Templates write a call's arguments as JSON; given as JSON text already, they would be written twice."""
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise RowError(f"turn {number} has a tool call without a function name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            function = {**function, "arguments": json.loads(arguments)}
-        except ValueError:
-            raise RowError(f"turn {number} has a tool call whose arguments are not JSON") from None
-    return {**call, "function": function} if "function" in call else dict(function)

@@ -23,7 +23,7 @@ _FIRST, _LAST, _ZERO = "\U0010ff01", "\U0010ff02", 0x10FF10
 MARKS = re.compile("[\U0010ff00-\U0010ff1f]")
 _MARK = re.compile(f"{_FIRST}([\U0010ff10-\U0010ff19]+){_LAST}")
 REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
-_THINKING = ("<think>", "</think>")
+THINKING = ("<think>", "</think>")
 
 
 class RowError(ValueError):
@@ -55,7 +55,7 @@ class TurnFinder:
 
     def __init__(self, control: re.Pattern[str], tags: Sequence[str]) -> None:
         self.control = control
-        found = sorted({*tags, *_THINKING}, key=len, reverse=True)
+        found = sorted({*tags, *THINKING}, key=len, reverse=True)
         self._tags = re.compile("(" + "|".join(map(re.escape, found)) + ")")
 
     def find_spans(self, render: Render, messages: Sequence[Message], text: str, trained: Sequence[int]) -> list[Span]:
@@ -139,7 +139,7 @@ class TurnFinder:
             raise RowError(
                 f"the chat template asks for an answer in other words than it writes before turn {turn + 1}: "
                 f"{tail!r}, then {gap!r}; the model would be asked in a way it was never trained; "
-                "data.train_on: all may work"
+                "model.chat_template can name another template"
             )
         behind = text[pieces[last].end : pieces[last + 1].start if last + 1 < len(pieces) else len(text)]
         return before + len(tail), pieces[last].end + self._find_end_of(render, behind, messages[turn], turn)
@@ -191,8 +191,9 @@ def _check_all_there(
         if number in written or (role == "assistant" and turn not in trained):
             continue
         shown = wanted if len(wanted) <= 40 else f"{wanted[:37]}..."
-        only = "; data.train_on: last_assistant may work" if role == "assistant" and turn != trained[-1] else ""
-        raise RowError(f"the chat template leaves out text of turn {turn + 1} ({role}): {shown!r}{only}")
+        fix = "; put it into the first user turn" if role == "system" else ""
+        fix = "; data.train_on: last_assistant may work" if role == "assistant" and turn != trained[-1] else fix
+        raise RowError(f"the chat template leaves out text of turn {turn + 1} ({role}): {shown!r}{fix}")
 
 
 def _rename_call(call: Message, mark: Callable[[str], str]) -> Message:

@@ -263,7 +263,7 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_unless_one_answer_i
 
 def test_a_template_that_asks_in_other_words_than_it_writes_is_refused(load):
     tokenizer = load(NO_SYSTEM.replace("assistant\n", "assistant\n<think>\n"))
-    with pytest.raises(RowError, match=r"in other words .* turn 2.*train_on: all"):
+    with pytest.raises(RowError, match=r"in other words .* turn 2.*model.chat_template"):
         render_messages(tokenizer, CHAT[1:3], train_on="assistant")
 
 

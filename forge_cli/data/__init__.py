@@ -1,0 +1,1 @@
+"""Rows: from files and the hub to finished training rows; everything here runs without torch."""

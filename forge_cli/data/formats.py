@@ -1,0 +1,231 @@
+"""The shapes that rows come in, and what a row of each says."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from forge_cli.data.conversation import Turns, check_order, read_turns, split_pair
+from forge_cli.parts.turns import RowError
+
+Text = str | Turns
+
+# Columns that a row of each format has; the first match decides.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "tokens": ("input_ids",),
+    "preference": ("chosen", "rejected"),
+    "unpaired_preference": ("prompt", "completion", "label"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
+# Columns that a format may have besides.
+_MORE: dict[str, tuple[str, ...]] = {
+    "tokens": ("labels", "attention_mask"),
+    "preference": ("prompt", "tools", "chat_template_kwargs"),
+    "unpaired_preference": ("tools", "chat_template_kwargs"),
+    "messages": ("tools", "chat_template_kwargs"),
+    "conversations": ("system", "tools", "chat_template_kwargs"),
+    "prompt_completion": ("tools", "chat_template_kwargs"),
+    "instruction": ("input", "system"),
+}
+SFT_FORMATS = ("tokens", "messages", "conversations", "prompt_completion", "instruction", "text")
+WANTED: dict[str, tuple[str, ...]] = {"sft": SFT_FORMATS, "kto": ("unpaired_preference",)}
+
+
+class Example(NamedTuple):
+    """What one row says, whatever its format.
+
+    Attributes:
+        prompt: What is asked, as text or turns; empty where the answers hold the whole conversation.
+        answers: One answer; chosen and rejected of a preference; the ids and labels of a tokenised row.
+        tools: JSON schemas of functions.
+        options: Variables for the chat template.
+        label: Whether an unpaired answer is wanted.
+    """
+
+    prompt: Text
+    answers: tuple
+    tools: list | None = None
+    options: Mapping[str, object] = {}
+    label: bool | None = None
+
+
+def find_kind(columns: Sequence[str]) -> str | None:
+    """Tells the format from the columns of one row; ``None`` if it has those of none."""
+    return next((kind for kind, wanted in COLUMNS.items() if all(one in columns for one in wanted)), None)
+
+
+def list_wanted(method: str) -> tuple[str, ...]:
+    """Lists the formats that a training method takes."""
+    return WANTED.get(method, ("preference",))
+
+
+def list_unused(kind: str, columns: Sequence[str]) -> list[str]:
+    """Lists the columns of a row that its format does not read."""
+    return [one for one in columns if one not in (*COLUMNS[kind], *_MORE.get(kind, ()))]
+
+
+def rename_columns(row: Mapping[str, object], columns: Mapping[str, str]) -> dict[str, object]:
+    """Gives columns Forge's names.
+
+    Raises:
+        RowError: The row lacks one of them.
+    """
+    renamed = dict(row)
+    for ours, theirs in columns.items():
+        if theirs not in row:
+            near = difflib.get_close_matches(theirs, row, n=1)
+            raise RowError(
+                f"has no column {theirs} for {ours}; its columns are {', '.join(row)}"
+                + (f"; did you mean {near[0]}?" if near else "")
+            )
+        renamed.pop(theirs, None)
+    return renamed | {ours: row[theirs] for ours, theirs in columns.items()}
+
+
+def suggest_columns(columns: Sequence[str], kinds: Sequence[str]) -> str:
+    """Says what to write for columns that are of no format."""
+    for kind in kinds:
+        found = {want: difflib.get_close_matches(want, columns, n=1, cutoff=0.7) for want in COLUMNS[kind]}
+        if all(found.values()):
+            renamed = ", ".join(f"{want}: {near[0]}" for want, near in found.items() if near[0] != want)
+            return f"did you mean {kind}? name the columns in the source, columns: {{{renamed}}}"
+    shapes = " | ".join("+".join(COLUMNS[kind]) for kind in kinds)
+    return f"rows need {shapes}, or columns: {{prompt: ..., completion: ...}} in the source"
+
+
+def read_example(row: Mapping[str, object], kind: str, has_template: bool = True) -> Example:
+    """Reads one row of a format and checks what can be checked without a tokenizer.
+
+    Args:
+        row: The row.
+        kind: Its format.
+        has_template: The tokenizer has a chat template; without one, an instruction becomes plain text.
+
+    Raises:
+        RowError: A column is of the wrong kind, the order of turns is wrong, or a pair is none.
+    """
+    example = _READERS[kind](row, has_template)
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        import json
+
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            raise RowError("tools is not JSON") from None
+    options = row.get("chat_template_kwargs") or {}
+    if tools and not (isinstance(tools, list) and all(isinstance(one, Mapping) for one in tools)):
+        raise RowError("tools is not a list of function schemas")
+    if not isinstance(options, Mapping):
+        raise RowError("chat_template_kwargs is not a mapping")
+    return example._replace(tools=tools or None, options=options) if tools or options else example
+
+
+def _read_messages(row: Mapping[str, object], has_template: bool) -> Example:
+    turns = read_turns(row["messages"], "messages")
+    check_order(turns)
+    return Example([], (turns,))
+
+
+def _read_conversations(row: Mapping[str, object], has_template: bool) -> Example:
+    turns = read_turns(row["conversations"], "conversations")
+    if row.get("system"):
+        turns = [{"role": "system", "content": row["system"]}, *turns]
+    check_order(turns)
+    return Example([], (turns,))
+
+
+def _read_prompt_completion(row: Mapping[str, object], has_template: bool) -> Example:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        prompt, completion = read_turns(prompt, "prompt"), read_turns(completion, "completion")
+        check_order([*prompt, *completion])
+    elif not isinstance(prompt, str) or not isinstance(completion, str):
+        raise RowError("prompt and completion must both be text or both be lists of turns")
+    return Example(prompt, (completion,))
+
+
+def _read_instruction(row: Mapping[str, object], has_template: bool) -> Example:
+    instruction, extra, output = row["instruction"], row.get("input") or "", row["output"]
+    system = row.get("system") or ""
+    if not all(isinstance(text, str) for text in (instruction, extra, output, system)):
+        raise RowError("instruction, input and output must be text")
+    question = f"{instruction}\n\n{extra}" if extra else instruction
+    if not has_template:
+        return Example((f"{system}\n\n" if system else "") + question + "\n\n", (output,))
+    before = [{"role": "system", "content": system}] if system else []
+    return Example([*before, {"role": "user", "content": question}], ([{"role": "assistant", "content": output}],))
+
+
+def _read_text(row: Mapping[str, object], has_template: bool) -> Example:
+    if not isinstance(row["text"], str):
+        raise RowError(f"{type(row['text']).__name__} where text is wanted")
+    return Example("", (row["text"],))
+
+
+def _read_tokens(row: Mapping[str, object], has_template: bool) -> Example:
+    ids, labels = row["input_ids"], row.get("labels")
+    labels = ids if labels is None else labels
+    for name, column in (("input_ids", ids), ("labels", labels)):
+        if not isinstance(column, list) or not all(type(one) is int for one in column):
+            raise RowError(f"{name} is not a list of whole numbers")
+    if not ids or len(ids) != len(labels):
+        raise RowError(f"{len(ids)} input_ids and {len(labels)} labels")
+    wrong = next((i for i, (one, label) in enumerate(zip(ids, labels, strict=True)) if label not in (one, -100)), None)
+    if wrong is not None:
+        raise RowError(f"label {labels[wrong]} at token {wrong} is neither its id {ids[wrong]} nor -100")
+    if 0 in (row.get("attention_mask") or ()):
+        raise RowError("attention_mask hides tokens: padding has no place in a row")
+    return Example("", (ids, labels))
+
+
+def _read_preference(row: Mapping[str, object], has_template: bool) -> Example:
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if chosen == rejected:
+        raise RowError("chosen and rejected are the same, so there is nothing to prefer")
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is not None and not isinstance(prompt, str):
+            raise RowError("the prompt is not text, but chosen and rejected are")
+        prompt = prompt or ""
+    elif isinstance(chosen, list) and isinstance(rejected, list):
+        chosen, rejected = read_turns(chosen, "chosen"), read_turns(rejected, "rejected")
+        if isinstance(prompt, list):
+            prompt = read_turns(prompt, "prompt")
+        else:
+            prompt, chosen, rejected = split_pair(chosen, rejected, prompt)
+        for answer in (chosen, rejected):
+            check_order([*prompt, *answer])
+            if not answer or answer[0]["role"] != "assistant":
+                raise RowError("an answer of the pair does not begin with an assistant turn")
+    else:
+        raise RowError("chosen and rejected must both be text or both be lists of turns")
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(answer, str) and not answer.strip():
+            raise RowError(f"{name} is empty")
+    return Example(prompt, (chosen, rejected))
+
+
+def _read_unpaired(row: Mapping[str, object], has_template: bool) -> Example:
+    example = _read_prompt_completion(row, has_template)
+    if row["label"] not in (True, False):
+        raise RowError(f"the label is {row['label']!r}; an answer is wanted (true) or not (false)")
+    if isinstance(example.answers[0], str) and not example.answers[0].strip():
+        raise RowError("the completion is empty")
+    return example._replace(label=bool(row["label"]))
+
+
+_READERS: dict[str, Callable[[Mapping[str, object], bool], Example]] = {
+    "tokens": _read_tokens,
+    "preference": _read_preference,
+    "unpaired_preference": _read_unpaired,
+    "messages": _read_messages,
+    "conversations": _read_conversations,
+    "prompt_completion": _read_prompt_completion,
+    "instruction": _read_instruction,
+    "text": _read_text,
+}

@@ -1,0 +1,119 @@
+"""What ends a run: too many rows lost, nothing trained, nothing that ends an answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from forge_cli.data.report import SplitReport
+from forge_cli.errors import DataError
+from forge_cli.schema.data import DataSection
+
+if TYPE_CHECKING:
+    from forge_cli.data.store import TokenFolder
+
+SHOWN_PLACES = 5
+_BAR = 40
+
+
+def judge_split(report: SplitReport, data: DataSection, tokenizer, target: TokenFolder) -> None:
+    """Ends the run when a split is not what anybody would want to train on.
+
+    Args:
+        report: What became of its rows.
+        data: The section.
+        tokenizer: To show a row in words.
+        target: The rows themselves.
+
+    Raises:
+        DataError: Rows are too long and the run file does not say what to do with them, more answers are lost than
+            it allows, no row is left, no token is trained, or no row trains an end token.
+    """
+    lost = report.rows_dropped + report.rows_truncated + report.rows_split
+    if lost and (data.on_overlong == "error" or (data.on_overlong == "split" and report.rows_dropped)):
+        _refuse_overlong(report, data, lost)
+    judged = report.rows_dropped + report.rows_truncated + report.rows_split + report.rows_kept
+    if not report.rows_kept:
+        raise DataError(
+            f"no row is left for {report.name}: no answer fits into data.max_length {data.max_length}",
+            where=report.name,
+            why=f"{report.rows_dropped} rows are longer; the longest has {report.longest_tokens} tokens",
+            fix=f"raise data.max_length, to {report.longest_tokens} to keep all",
+        )
+    if report.rows_lost > data.max_lost_ratio * judged:
+        share = 100 * report.rows_lost / judged
+        raise DataError(
+            f"{report.rows_lost} of {judged} rows lose all or part of their answer at data.max_length "
+            f"{data.max_length} ({share:.1f} %, {_list_places(report)})\n{render_histogram(report)}",
+            where=report.name,
+            why="what is cut is never learned, and an answer that is cut has no end",
+            fix=f"raise data.max_length ({report.longest_tokens} keeps all), or allow it with data.max_lost_ratio: "
+            f"{_round_up(share / 100):g}",
+        )
+    if not report.trained_tokens:
+        raise DataError(
+            f"0 trained tokens in {report.rows_kept} rows of {report.name}",
+            where=report.name,
+            why="all labels are masked, so nothing would be learned",
+            fix="look at rows with `forge data preview`",
+        )
+    whole = report.rows_kept - report.rows_truncated
+    if whole > 0 and report.rows_without_end >= whole and report.format == "tokens":
+        raise DataError(
+            "no row trains an end token; the first one reads\n" + _show_first(report, tokenizer, target),
+            where=report.name,
+            why="the model would never learn to stop",
+            fix=f"end rows with a trained {tokenizer.eos_token!r}",
+        )
+
+
+def _refuse_overlong(report: SplitReport, data: DataSection, lost: int) -> None:
+    total = report.rows_dropped + report.rows_kept
+    if data.on_overlong == "split":
+        raise DataError(
+            f"{report.rows_dropped} rows ({report.format}) are longer than data.max_length {data.max_length} and "
+            f"cannot be split ({_list_places(report)})",
+            where=report.name,
+            why="the rest of an answer would be trained without its question",
+            fix="split is for text and tokens; use on_overlong: truncate or drop, or raise data.max_length to "
+            f"{report.longest_tokens}",
+        )
+    raise DataError(
+        f"{lost} of {total} rows are longer than data.max_length {data.max_length}; "
+        f"the longest has {report.longest_tokens} tokens ({_list_places(report)})",
+        where=report.name,
+        why="cutting or dropping them unasked would change what is learned",
+        fix=f"raise data.max_length to {report.longest_tokens}, or set data.on_overlong: drop or truncate",
+    )
+
+
+def _list_places(report: SplitReport) -> str:
+    count = report.rows_dropped + report.rows_truncated + report.rows_split
+    return ", ".join(report.overlong_places[:SHOWN_PLACES]) + (", ..." if count > SHOWN_PLACES else "")
+
+
+def _round_up(ratio: float) -> float:
+    """Rounds a ratio up to two digits that a person would write."""
+    import math
+
+    return math.ceil(ratio * 100) / 100
+
+
+def render_histogram(report: SplitReport) -> str:
+    """Draws how many rows have which length, after cutting."""
+    most = max((count for _, count in report.histogram), default=1)
+    lines = [
+        f"  up to {edge:>7} tokens {count:>9} {'#' * round(_BAR * count / most)}" for edge, count in report.histogram
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _show_first(report: SplitReport, tokenizer, target: TokenFolder) -> str:
+    import pyarrow as pa
+
+    writer = target.writers[report.name]
+    writer.close()
+    with writer.path.open("rb") as file:
+        row = pa.ipc.open_stream(file).read_next_batch().slice(0, 1).to_pylist()[0]
+    marks = "".join("^" if label != -100 else "." for label in row["labels"][-40:])
+    text = tokenizer.decode(row["input_ids"][-40:])
+    return f"  ...{text!r}\n  last {len(marks)} tokens, ^ is trained: {marks}"

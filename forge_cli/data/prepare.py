@@ -1,0 +1,225 @@
+"""From the sources of a run file to token ids on disk, and the report of what became of every row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_cli.data.choosing import HELD_BACK, choose_rows
+from forge_cli.data.judging import judge_split
+from forge_cli.data.packing import count_steps, pack_lengths
+from forge_cli.data.reading import DataFile, find_files, fingerprint_file
+from forge_cli.data.report import DataReport, SplitCounter, SplitReport, find_in_both
+from forge_cli.data.row_tokens import Limits, Question
+from forge_cli.data.scan import Scan, read_again, scan_rows
+from forge_cli.data.store import TokenFolder, find_tokens, load_questions
+from forge_cli.data.tokenizing import tokenize_rows
+from forge_cli.errors import DataError
+from forge_cli.parts.rendering import Renderer
+from forge_cli.schema.data import list_sources
+from forge_cli.schema.runspec import RunSpec
+
+# Raise it when rows become other tokens than before.
+VERSION = 1
+_SAY_EVERY_SECONDS = 5.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Token ids on disk.
+
+    Attributes:
+        folder: ``train.arrow`` and ``eval.arrow``: ``input_ids`` and ``labels``, or ``prompt_ids`` and the ids of
+            the answers; ``row`` and ``length``.
+        report: What became of every row.
+        questions: Evaluation rows as prompts and wanted answers.
+        places: Source files by the number before their first row.
+    """
+
+    folder: Path
+    report: DataReport
+    questions: tuple[Question, ...]
+    places: tuple[tuple[int, DataFile], ...]
+
+
+def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> TokenSet:
+    """Reads, judges and tokenises all rows of a run, or finds the tokens that an earlier run left.
+
+    Args:
+        spec: The run file.
+        tokenizer: Of the model.
+        say: Receives progress.
+
+    Raises:
+        DataError: Rows cannot be used or are lost; says which and why.
+        MachineError: The disk is full.
+    """
+    began = time.perf_counter()
+    files = _list_files(spec)
+    prints = {(file.name, split): fingerprint_file(file, split) for file, split in files}
+    fingerprint = _fingerprint(spec, tokenizer, prints)
+    folder, manifest, why = find_tokens(fingerprint)
+    if why:
+        say(f"tokens of an earlier run are made again: {why}")
+    if folder is None:
+        size = sum(file.path.stat().st_size for file, _ in files if file.path)
+        with TokenFolder(fingerprint, size) as target:
+            report, questions, places = _make_tokens(spec, tokenizer, target, say, began)
+            _check_unchanged(files, prints)
+            folder = target.commit({**report.as_dict(), "places": places}, questions)
+    else:
+        report = DataReport.from_dict({k: v for k, v in manifest["report"].items() if k != "places"})
+        report.from_cache = True
+        questions, places = load_questions(folder), manifest["report"]["places"]
+    _count_steps(spec, report, folder)
+    located = tuple((base, DataFile(name, path and Path(path), kind)) for base, (name, path, kind) in places)
+    return TokenSet(folder, report, tuple(Question(*one) for one in questions), located)
+
+
+def _list_files(spec: RunSpec) -> list[tuple[DataFile, str]]:
+    sources = [*list_sources(spec.data.train), *list_sources(spec.data.eval)]
+    return [(file, source.split) for source in sources for file in find_files(source.path)]
+
+
+def _fingerprint(spec: RunSpec, tokenizer, prints: dict) -> str:
+    """Computes a digest of all that decides which tokens come out."""
+    import tokenizers
+    import transformers
+
+    data = spec.data.model_dump(mode="json", exclude={"train", "eval", "packing", "padding_free", "streaming"})
+    sources = [
+        [one.model_dump(mode="json") for one in list_sources(value)] for value in (spec.data.train, spec.data.eval)
+    ]
+    known = {
+        "version": [VERSION, transformers.__version__, tokenizers.__version__],
+        "files": [[*key, value] for key, value in prints.items()],
+        "sources": sources,
+        "data": data,
+        "seed": spec.seed,
+        "method": spec.method,
+        "tokenizer": tokenizer.backend_tokenizer.to_str(),
+        "template": tokenizer.chat_template,
+        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    }
+    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=20).hexdigest()
+
+
+def _check_unchanged(files: list[tuple[DataFile, str]], prints: dict) -> None:
+    """Refuses tokens of a file that somebody wrote to meanwhile."""
+    for file, split in files:
+        if fingerprint_file(file, split) != prints[file.name, split]:
+            raise DataError(
+                "the file changed while it was read", where=file.name, fix="run again when nothing writes to it"
+            )
+
+
+def _make_tokens(
+    spec: RunSpec, tokenizer, target: TokenFolder, say: Say, began: float
+) -> tuple[DataReport, list[Question], list]:
+    scans = [scan_rows("train", list_sources(spec.data.train), spec.data, spec.method)]
+    if spec.data.eval is not None:
+        scans.append(scan_rows("eval", list_sources(spec.data.eval), spec.data, spec.method))
+    scan_seconds = time.perf_counter() - began
+    if scan_seconds > _SAY_EVERY_SECONDS:
+        say(f"read {scans[0].num_rows} rows ({scans[0].kind}) in {scan_seconds:.0f} s")
+    renderer = Renderer(tokenizer)
+    counters: dict[str, SplitCounter] = {}
+    questions: list[Question] = []
+    for scan in scans:
+        copies = choose_rows(scan, spec.data, spec.seed) if scan.name == "train" else None
+        _tokenize_scan(spec, scan, copies, renderer, target, counters, questions, say)
+    for counter in counters.values():
+        counter.finish()
+    for scan in scans:
+        scan.bad.settle(scan.num_rows)
+    for counter in counters.values():
+        judge_split(counter.report, spec.data, tokenizer, target)
+    report = DataReport([one.report for one in counters.values()], unused_columns=scans[0].unused)
+    report.fingerprint = target.fingerprint
+    report.scanned_bytes, report.scan_seconds = target.input_bytes, round(scan_seconds, 3)
+    report.tokenize_seconds = round(time.perf_counter() - began - scan_seconds, 3)
+    if "eval" in counters:
+        report.rows_in_both, report.in_both_places = find_in_both(counters["train"], counters["eval"])
+    places = [(base, (file.name, file.path and str(file.path), file.kind)) for base, file in scans[0].places]
+    return report, questions, places
+
+
+def _tokenize_scan(
+    spec: RunSpec,
+    scan: Scan,
+    copies,
+    renderer: Renderer,
+    target: TokenFolder,
+    counters: dict[str, SplitCounter],
+    questions: list[Question],
+    say: Say,
+) -> None:
+    """Tokenises the rows of one scan and sorts them into their splits."""
+    data = spec.data
+    limits = Limits(scan.kind, data.train_on, data.max_length, data.on_overlong)
+    shares: dict[int, int] = {}  # of the rows under way, by number
+    total = sum(scan.counts)
+    splits = [scan.name] + (["eval"] if copies is not None and HELD_BACK in copies else [])
+    for name in splits:
+        counters[name] = SplitCounter(SplitReport(name, scan.kind, scan.num_rows), scan.describe)
+    writers = {name: target.open_split(name) for name in splits}
+
+    def choose() -> Iterator[tuple[int, dict, bool]]:
+        for place, (_, number, values) in enumerate(read_again(scan)):
+            count = 1 if copies is None else copies[place]
+            target.progress_ratio = (place + 1) / total
+            if count:
+                shares[number] = count
+                yield number, values, count == HELD_BACK or scan.name == "eval"
+
+    said = time.perf_counter()
+    done = 0
+    for outcome in tokenize_rows(choose(), renderer, limits, total):
+        count = shares.pop(outcome.number)
+        done += 1
+        if time.perf_counter() - said > _SAY_EVERY_SECONDS:
+            said = time.perf_counter()
+            say(f"tokenised {done} of {total} rows ({100 * done / total:.0f} %)")
+        if outcome.status == "bad":
+            scan.refuse(outcome.number, outcome.what)
+            continue
+        name, count = ("eval", 1) if count == HELD_BACK else (scan.name, count)
+        counters[name].add(outcome, count)
+        for columns in outcome.columns:
+            writers[name].add(columns, outcome.number, count)
+        if outcome.question:
+            questions.append(outcome.question)
+    _count_rows(scan, copies, counters, splits)
+
+
+def _count_rows(scan: Scan, copies, counters: dict[str, SplitCounter], splits: list[str]) -> None:
+    """Accounts for every row that was read: what was not tokenised is bad, or left out on purpose."""
+    held = sum(one == HELD_BACK for one in copies) if copies is not None else 0
+    left_out = sum(one == 0 for one in copies) if copies is not None else 0
+    report = counters[scan.name].report
+    report.rows_bad, report.rows_unused = scan.bad.count, left_out + held
+    if len(splits) > 1:
+        counters["eval"].report.rows_read = held
+
+
+def _count_steps(spec: RunSpec, report: DataReport, folder: Path) -> None:
+    """Counts the steps of an epoch, with and without packing."""
+    import pyarrow as pa
+
+    training, data = spec.training, spec.data
+    batch = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    report.steps_unpacked = report.steps_per_epoch = count_steps(report.splits[0].rows_kept, *batch)
+    if spec.method != "sft":
+        return
+    with pa.memory_map(str(folder / "train.arrow")) as file:
+        lengths = pa.ipc.open_stream(file).read_all()["length"].to_pylist()
+    report.packed_sequences = len(pack_lengths(lengths, data.max_length))
+    report.packed_ratio = sum(lengths) / (report.packed_sequences * data.max_length)
+    report.steps_packed = count_steps(report.packed_sequences, *batch)
+    if data.packing:
+        report.steps_per_epoch = report.steps_packed

@@ -1,0 +1,211 @@
+"""What became of the rows, counted."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+from forge_cli.data.row_tokens import Outcome
+
+LISTED_PLACES = 20
+PERCENTILES = (5, 25, 50, 75, 95, 99)
+_BARS = 12
+
+
+@dataclass
+class SplitReport:
+    """What became of the rows of one split.
+
+    Attributes:
+        name: ``train`` or ``eval``.
+        format: Format of its rows.
+        rows_read: Rows in the files, bad ones included.
+        rows_bad: Rows that could not be read or rendered, and were skipped.
+        rows_unused: Rows that a cap or a weight left out, or that the other split took.
+        rows_kept: Rows that are trained, repeats included.
+        rows_dropped: Rows that were too long.
+        rows_truncated: Rows that were cut.
+        rows_split: Rows that go on in further rows.
+        rows_lost: Rows that lost all or part of an answer by dropping or cutting.
+        rows_untrained: Rows that are kept and have no trained token.
+        rows_without_end: Rows that are kept whole and train no end token.
+        rows_escaped: Rows that hold the text of a special token, which was kept as text.
+        rows_duplicate: Rows whose tokens equal those of an earlier one.
+        tokens: Tokens that are left.
+        trained_tokens: Those of them that are trained.
+        longest_tokens: Longest row, before cutting.
+        overlong_places: Where the first overlong rows stand.
+        duplicate_places: Pairs of places, the first of them.
+        percentiles: Percentile to length in tokens, after cutting.
+        histogram: Upper end of a range of lengths to the number of rows in it.
+    """
+
+    name: str
+    format: str
+    rows_read: int
+    rows_bad: int = 0
+    rows_unused: int = 0
+    rows_kept: int = 0
+    rows_dropped: int = 0
+    rows_truncated: int = 0
+    rows_split: int = 0
+    rows_lost: int = 0
+    rows_untrained: int = 0
+    rows_without_end: int = 0
+    rows_escaped: int = 0
+    rows_duplicate: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    longest_tokens: int = 0
+    overlong_places: list[str] = field(default_factory=list)
+    duplicate_places: list[list[str]] = field(default_factory=list)
+    percentiles: dict[str, int] = field(default_factory=dict)
+    histogram: list[list[int]] = field(default_factory=list)
+
+    @property
+    def median_tokens(self) -> int:
+        """Length of the middle row."""
+        return self.percentiles.get("50", 0)
+
+    def line(self) -> str:
+        """Says it in one line."""
+        share = 100 * self.trained_tokens / max(self.tokens, 1)
+        counts = {"bad": self.rows_bad, "dropped": self.rows_dropped, "cut": self.rows_truncated}
+        lost = "".join(f", {count} {name}" for name, count in counts.items() if count)
+        return (
+            f"{self.name}: {self.rows_kept} of {self.rows_read} rows ({self.format}{lost}), {self.tokens} tokens, "
+            f"{share:.0f} % trained, median {self.median_tokens}, longest {self.longest_tokens}"
+        )
+
+
+@dataclass
+class DataReport:
+    """What became of all rows.
+
+    Attributes:
+        splits: Training first.
+        rows_in_both: Evaluation rows whose tokens equal those of a training row.
+        in_both_places: Pairs of places (evaluation, training), the first of them.
+        unused_columns: Columns that nothing read.
+        packed_sequences: Sequences with packing; 0 where it makes no sense.
+        packed_ratio: Share of a packed sequence that holds tokens (0 to 1).
+        steps_per_epoch: Optimizer steps as the run is set.
+        steps_unpacked: Optimizer steps without packing.
+        steps_packed: Optimizer steps with it; 0 where it makes no sense.
+        fingerprint: Of rows, tokenizer, template and settings.
+        from_cache: The tokens were there already.
+        scanned_bytes: Size of the files.
+        scan_seconds: Time of the first pass.
+        tokenize_seconds: Time of the second.
+    """
+
+    splits: list[SplitReport]
+    rows_in_both: int = 0
+    in_both_places: list[list[str]] = field(default_factory=list)
+    unused_columns: list[str] = field(default_factory=list)
+    packed_sequences: int = 0
+    packed_ratio: float = 0.0
+    steps_per_epoch: int = 0
+    steps_unpacked: int = 0
+    steps_packed: int = 0
+    fingerprint: str = ""
+    from_cache: bool = False
+    scanned_bytes: int = 0
+    scan_seconds: float = 0.0
+    tokenize_seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, object]:
+        """Returns plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> DataReport:
+        """Builds a report from what :meth:`as_dict` returned."""
+        return cls(**{**values, "splits": [SplitReport(**one) for one in values["splits"]]})
+
+
+class SplitCounter:
+    """Counts outcomes of one split while they come in; needs 20 bytes a row.
+
+    Args:
+        report: The report to fill.
+        describe: Writes where the row of a number stands.
+    """
+
+    def __init__(self, report: SplitReport, describe: Callable[[int], str]) -> None:
+        self.report = report
+        self.describe = describe
+        self.lengths = array("i")
+        self.digests = array("Q")
+        self.numbers = array("q")
+
+    def add(self, outcome: Outcome, copies: int) -> None:
+        """Counts one row that is trained so many times an epoch."""
+        report = self.report
+        report.longest_tokens = max(report.longest_tokens, outcome.length)
+        report.rows_escaped += outcome.escaped > 0
+        report.rows_lost += outcome.is_lost
+        if outcome.status != "kept" and len(report.overlong_places) < LISTED_PLACES:
+            report.overlong_places.append(self.describe(outcome.number))
+        if outcome.status == "dropped":
+            report.rows_dropped += 1
+            return
+        report.rows_truncated += outcome.status == "cut"
+        report.rows_split += outcome.status == "split"
+        report.rows_untrained += outcome.trained == 0
+        report.rows_without_end += outcome.status != "cut" and not outcome.has_end
+        report.trained_tokens += outcome.trained * copies
+        for columns in outcome.columns:
+            ids = [value for name, value in columns.items() if name.endswith("_ids")]
+            length = count_tokens(columns)
+            report.rows_kept += copies
+            report.tokens += length * copies
+            self.lengths.extend([length] * copies)
+        digest = hashlib.blake2b(digest_size=8)
+        for columns in outcome.columns:
+            for ids in (value for name, value in columns.items() if name.endswith("_ids")):
+                digest.update(ids.tobytes() + b"|")
+        self.digests.append(int.from_bytes(digest.digest(), "little"))
+        self.numbers.append(outcome.number)
+
+    def finish(self) -> None:
+        """Computes what needs all rows: percentiles, histogram, duplicates."""
+        import numpy as np
+
+        lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.zeros(0, np.int32)
+        if not len(lengths):
+            return
+        values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
+        self.report.percentiles = {str(p): int(v) for p, v in zip(PERCENTILES, values, strict=True)}
+        edges = sorted({int(edge) for edge in np.linspace(lengths.min(), lengths.max(), _BARS + 1)[1:]})
+        bins = np.searchsorted(edges, lengths)
+        self.report.histogram = [[edge, int(n)] for edge, n in zip(edges, np.bincount(bins), strict=False)]
+        digests = np.frombuffer(self.digests, dtype=np.uint64)
+        _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+        repeats = np.nonzero(first[inverse] != np.arange(len(digests)))[0]
+        self.report.rows_duplicate = len(repeats)
+        self.report.duplicate_places = [
+            [self.describe(self.numbers[i]), self.describe(self.numbers[first[inverse[i]]])] for i in repeats[:3]
+        ]
+
+
+def count_tokens(columns: dict[str, object]) -> int:
+    """Counts the tokens of a row as they stand in a batch: of a pair, the prompt and the longer answer."""
+    sizes = {name: len(value) for name, value in columns.items() if name.endswith("_ids")}
+    prompt = sizes.pop("prompt_ids", 0)
+    return prompt + max(sizes.values())
+
+
+def find_in_both(train: SplitCounter, held_back: SplitCounter) -> tuple[int, list[list[str]]]:
+    """Counts evaluation rows that are trained on as well, and names the first of them."""
+    import numpy as np
+
+    trained, held = (np.frombuffer(one.digests, dtype=np.uint64) for one in (train, held_back))
+    both = np.nonzero(np.isin(held, trained))[0]
+    places = []
+    for i in both[:3]:
+        where = int(np.nonzero(trained == held[i])[0][0])
+        places.append([held_back.describe(held_back.numbers[i]), train.describe(train.numbers[where])])
+    return len(both), places

@@ -1,0 +1,224 @@
+"""The first pass over the rows: every row is read and judged by its form, before a tokenizer is loaded."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from forge_cli.data.formats import (
+    COLUMNS,
+    find_kind,
+    list_unused,
+    list_wanted,
+    read_example,
+    rename_columns,
+    suggest_columns,
+)
+from forge_cli.data.read_row import BadRow, DataFile, Row, describe_place
+from forge_cli.data.reading import find_files, read_file
+from forge_cli.errors import DataError, Problem
+from forge_cli.parts.turns import RowError
+from forge_cli.schema.data import DataSection, Source
+
+LISTED_ROWS = 20
+
+
+class BadRows:
+    """Rows that cannot be used: the first of them in words, all of them counted.
+
+    Args:
+        data: Says whether bad rows end the run, and how many may be skipped.
+    """
+
+    def __init__(self, data: DataSection) -> None:
+        self.data = data
+        self.count = 0
+        self.problems: list[Problem] = []
+
+    def add(self, place: str, what: str, fix: str = "") -> None:
+        """Notes a row."""
+        self.count += 1
+        if len(self.problems) < LISTED_ROWS:
+            self.problems.append(Problem(place, "", what, "", fix))
+
+    def settle(self, num_rows: int) -> None:
+        """Ends the run if there are more bad rows than the run file allows.
+
+        Raises:
+            DataError: Lists the first bad rows.
+        """
+        allowed = int(self.data.max_bad_ratio * num_rows) if self.data.on_bad_row == "skip" else 0
+        if self.count <= allowed:
+            return
+        problems, more = list(self.problems), self.count - len(self.problems)
+        if more > 0:
+            problems.append(Problem("", "", f"and {more} more rows"))
+        if self.data.on_bad_row == "skip":
+            what = f"{self.count} of {num_rows} rows are bad, more than data.max_bad_ratio {self.data.max_bad_ratio:g}"
+            problems.append(Problem("", "", what, "", "mend them, or raise data.max_bad_ratio"))
+        else:
+            fix = "mend them, or set data.on_bad_row: skip"
+            problems.append(Problem("", "", f"{self.count} of {num_rows} rows are bad", "", fix))
+        raise DataError.from_problems(problems)
+
+
+class Place(NamedTuple):
+    """A file and how many rows stand before it in all files, so that one number names a row of any of them."""
+
+    base: int
+    file: DataFile
+
+
+@dataclass
+class Scan:
+    """What the first pass found out about one split.
+
+    Attributes:
+        name: ``train`` or ``eval``.
+        sources: Where its rows come from.
+        kind: Their format.
+        counts: Good rows per source.
+        places: The files, in order.
+        bad: Rows that cannot be used.
+        num_rows: All rows, bad ones included.
+        unused: Columns that nothing reads.
+        skipped: Numbers of the bad rows.
+    """
+
+    name: str
+    sources: list[Source]
+    bad: BadRows
+    kind: str = ""
+    counts: list[int] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)
+    num_rows: int = 0
+    unused: list[str] = field(default_factory=list)
+    skipped: set[int] = field(default_factory=set)
+
+    def describe(self, row: int, column: int = 0) -> str:
+        """Writes where the row of a number stands: ``train.jsonl:12``."""
+        place = self.places[bisect_right([one.base for one in self.places], row - 1) - 1]
+        return describe_place(place.file, row - place.base, column)
+
+    def refuse(self, row: int, what: str, fix: str = "", column: int = 0) -> None:
+        """Counts a row as bad."""
+        self.skipped.add(row)
+        self.bad.add(self.describe(row, column), what, fix)
+
+
+def scan_rows(name: str, sources: Sequence[Source], data: DataSection, method: str) -> Scan:
+    """Reads all rows of a split and tells their format.
+
+    Args:
+        name: ``train`` or ``eval``.
+        sources: Where its rows come from.
+        data: The section.
+        method: Training method; it decides which formats will do.
+
+    Raises:
+        DataError: A row cannot be used (the first 20 are listed), rows are of different formats or of one that the
+            method does not take, or there are none.
+    """
+    scan = Scan(name, list(sources), BadRows(data))
+    kinds: dict[str, str] = {}
+    shapes: dict[tuple[str, ...], str] = {}
+    for index, number, row in _read_all(scan):
+        if isinstance(row, BadRow):
+            scan.refuse(number, row.what, row.fix, row.column)
+            continue
+        columns = tuple(row)
+        kind = shapes.get(columns)
+        if kind is None:
+            kind = shapes[columns] = _judge_columns(columns, data.format)
+        if not kind:
+            scan.refuse(number, *_explain_columns(columns, data.format, method))
+            continue
+        if kind not in kinds:
+            kinds[kind] = scan.describe(number)
+        try:
+            read_example(row, kind)
+        except RowError as error:
+            scan.refuse(number, str(error))
+            continue
+        scan.counts[index] += 1
+    _judge_kinds(scan, kinds, method)
+    scan.bad.settle(scan.num_rows)
+    if not sum(scan.counts):
+        names = ", ".join(source.path for source in sources)
+        raise DataError("there are no rows", where=names, why=f"{scan.num_rows} rows were read, none can be used")
+    unused = Counter(column for columns in shapes for column in list_unused(scan.kind, columns))
+    scan.unused = sorted(unused)
+    return scan
+
+
+def _judge_columns(columns: tuple[str, ...], wanted: str) -> str:
+    if wanted == "auto":
+        return find_kind(columns) or ""
+    return wanted if all(one in columns for one in COLUMNS[wanted]) else ""
+
+
+def _explain_columns(columns: tuple[str, ...], wanted: str, method: str) -> tuple[str, str]:
+    """Says what is wrong with columns that are of no format, and what to write."""
+    missing = [one for one in COLUMNS.get(wanted, ()) if one not in columns]
+    lacks = f"; {', '.join(missing)} is missing" if missing else ""
+    what = f"the columns are {', '.join(map(str, columns)) or 'none'}{lacks}"
+    return what, suggest_columns(columns, list_wanted(method) if wanted == "auto" else (wanted,))
+
+
+def _judge_kinds(scan: Scan, kinds: dict[str, str], method: str) -> None:
+    """Refuses a mixed set, and a format that the training method does not take."""
+    if len(kinds) > 1:
+        shown = ", ".join(f"{kind} at {place}" for kind, place in kinds.items())
+        raise DataError(
+            f"rows of different formats: {shown}",
+            why="a set is read as one format; guessing row by row would train on the wrong columns",
+            fix="split the file by format, or set data.format",
+        )
+    for kind, place in kinds.items():
+        scan.kind = kind
+        if kind not in list_wanted(method):
+            wanted = " or ".join("+".join(COLUMNS[one]) for one in list_wanted(method))
+            other = next((one for one in ("sft", "dpo", "kto") if kind in list_wanted(one)), "sft")
+            raise DataError(
+                f"method {method} needs rows with {wanted}; these are {kind} ({'+'.join(COLUMNS[kind])})",
+                where=place,
+                fix=f"use other rows, or method: {other}",
+            )
+
+
+def _read_all(scan: Scan) -> Iterator[tuple[int, int, dict[str, object] | BadRow]]:
+    """Yields source, number and columns of every row, and notes where each file begins."""
+    base = 0
+    for index, source in enumerate(scan.sources):
+        scan.counts.append(0)
+        for file in find_files(source.path):
+            scan.places.append(Place(base, file))
+            last = 0
+            for row in read_file(file, source.split):
+                scan.num_rows += 1
+                last = row.number
+                yield index, base + last, _name_columns(row, source)
+            base += last
+
+
+def read_again(scan: Scan) -> Iterator[tuple[int, int, dict[str, object]]]:
+    """Yields source, number and columns of every good row, as the first pass did."""
+    bases = iter(scan.places)
+    for index, source in enumerate(scan.sources):
+        for file in find_files(source.path):
+            base = next(bases).base
+            for row in read_file(file, source.split):
+                if base + row.number not in scan.skipped:
+                    yield index, base + row.number, _name_columns(row, source)
+
+
+def _name_columns(row: Row | BadRow, source: Source) -> dict[str, object] | BadRow:
+    if isinstance(row, BadRow) or not source.columns:
+        return row if isinstance(row, BadRow) else row.values
+    try:
+        return rename_columns(row.values, source.columns)
+    except RowError as error:
+        return BadRow(row.number, 0, str(error), "")

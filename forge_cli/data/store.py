@@ -1,0 +1,196 @@
+"""Tokens on disk: one folder per fingerprint, whole or absent, checked before it is used."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from forge_cli.data.report import count_tokens
+from forge_cli.data.row_tokens import Columns
+from forge_cli.errors import MachineError
+from forge_cli.units import format_bytes
+
+MANIFEST = "manifest.json"
+_BATCH_ROWS = 1000
+
+
+def cache_root() -> Path:
+    """Returns where Forge keeps what can be made again: ``$FORGE_CACHE``, or ``~/.cache/forge``."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("FORGE_CACHE") or f"{home}/forge").expanduser()
+
+
+class SplitWriter:
+    """Writes the rows of one split as an Arrow stream, a thousand at a time.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: list[Columns] = []
+        self._writer = None
+        self._file = None
+
+    def add(self, columns: Columns, number: int, copies: int) -> None:
+        """Adds a row, so many times."""
+        row = {**columns, "row": number, "length": count_tokens(columns)}
+        self._rows.extend([row] * copies)
+        if len(self._rows) >= _BATCH_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left; a second call does nothing."""
+        self._flush()
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        import pyarrow as pa
+
+        batch = pa.RecordBatch.from_pydict(
+            {name: _build_column([r[name] for r in self._rows]) for name in self._rows[0]}
+        )
+        if self._writer is None:
+            self._file = self.path.open("wb")
+            self._writer = pa.ipc.new_stream(self._file, batch.schema)
+        self._writer.write_batch(batch)
+        self._rows = []
+
+
+def _build_column(values: list):
+    """Builds an Arrow column of numbers, or of lists of token ids."""
+    import numpy as np
+    import pyarrow as pa
+
+    if isinstance(values[0], (bool, int)):
+        return pa.array(values)
+    offsets = np.zeros(len(values) + 1, dtype=np.int32)
+    np.cumsum([len(one) for one in values], out=offsets[1:])
+    joined = np.frombuffer(b"".join(one.tobytes() for one in values), dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(joined))
+
+
+class TokenFolder:
+    """The tokens of one fingerprint, while they are written.
+
+    Args:
+        fingerprint: Of rows, tokenizer, template and settings.
+        input_bytes: Size of the files they are made from, to tell what a full disk would have to hold.
+    """
+
+    def __init__(self, fingerprint: str, input_bytes: int) -> None:
+        self.path = cache_root() / "tokens" / fingerprint
+        self.partial = self.path.with_name(f".{fingerprint[:16]}.partial-{os.getpid()}")
+        self.fingerprint = fingerprint
+        self.input_bytes = input_bytes
+        self.progress_ratio = 0.0
+        self.writers: dict[str, SplitWriter] = {}
+
+    def __enter__(self) -> TokenFolder:
+        try:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self.partial.mkdir(parents=True)
+        except OSError as error:
+            raise self._explain(error) from error
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        for writer in self.writers.values():
+            with contextlib.suppress(OSError):
+                writer.close()
+        if isinstance(error, OSError):
+            written = sum(one.stat().st_size for one in self.partial.rglob("*") if one.is_file())
+            shutil.rmtree(self.partial, ignore_errors=True)
+            raise self._explain(error, written) from error
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def open_split(self, name: str) -> SplitWriter:
+        """Opens the file of a split."""
+        self.writers[name] = SplitWriter(self.partial / f"{name}.arrow")
+        return self.writers[name]
+
+    def commit(self, report: Mapping[str, object], questions: list) -> Path:
+        """Closes all files, writes the manifest last and gives the folder its name."""
+        for writer in self.writers.values():
+            writer.close()
+        (self.partial / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+        files = {one.name: _digest(one) for one in sorted(self.partial.iterdir())}
+        manifest = {"fingerprint": self.fingerprint, "files": files, "report": report}
+        with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
+            file.write(json.dumps(manifest, indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            self.partial.rename(self.path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Another run made the same tokens at the same time.
+        return self.path
+
+    def _explain(self, error: OSError, written_bytes: int = 0) -> MachineError:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return MachineError(
+                f"tokens cannot be written: {error.strerror}", where=str(self.path.parent), fix=_ELSEWHERE
+            )
+        free = format_bytes(
+            written_bytes + shutil.disk_usage(next(one for one in self.path.parents if one.exists())).free
+        )
+        needed = written_bytes / self.progress_ratio if self.progress_ratio else 0
+        size = f"about {format_bytes(needed)}, and {free} are free" if needed else f"more than the {free} that are free"
+        return MachineError(
+            f"the disk is full: the tokens need {size}",
+            where=str(self.path.parent),
+            why="the tokens of all rows are kept on disk, so that memory does not have to hold them",
+            fix=_ELSEWHERE + ", or write data.streaming: true",
+        )
+
+
+_ELSEWHERE = "set FORGE_CACHE to a folder on another disk"
+
+
+def find_tokens(fingerprint: str) -> tuple[Path | None, dict, str]:
+    """Finds tokens that were made before.
+
+    Returns:
+        Their folder and their manifest, or ``None`` and why they are not used; both empty if there are none.
+    """
+    path = cache_root() / "tokens" / fingerprint
+    if not path.is_dir():
+        return None, {}, ""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["fingerprint"] != fingerprint:
+            return None, {}, "they belong to other rows"
+        for name, digest in manifest["files"].items():
+            if _digest(path / name) != digest:
+                return None, {}, f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return None, {}, f"they are damaged ({type(error).__name__})"
+    return path, manifest, ""
+
+
+def load_questions(path: Path) -> list:
+    """Loads the questions of a folder of tokens."""
+    return json.loads((path / "questions.json").read_text(encoding="utf-8"))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
