@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
 from forge_cli.errors import ModelError
 from forge_cli.facts.layer_count import count_frozen_layers
+from forge_cli.facts.model_facts import locate_model
 from forge_cli.parts.freeze import FreezeReport, freeze_layers
 from forge_cli.parts.layers import count_parameters, find_decoder_layers, find_layer_prefix, find_linear_names
 from forge_cli.schema.adapter import FreezeSection, LoraSection
@@ -56,14 +59,21 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
     if spec.lora:
         # PEFT draws the adapters' start from the global generator.
         set_seed(spec.seed)
-        config = build_lora_config(spec.lora, model, num_frozen)
-        model = get_peft_model(model, config)
+        if spec.model.adapter:
+            model = continue_adapter(model, spec.model.adapter, spec)
+            config = model.peft_config["default"]
+        else:
+            config = build_lora_config(
+                spec.lora, model, num_frozen, "SEQ_CLS" if spec.method == "reward" else "CAUSAL_LM"
+            )
+            model = get_peft_model(model, config)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 # PEFT leaves modules_to_save in the base's format, where small updates are lost.
                 parameter.data = parameter.data.float()
         targets = tuple(sorted(config.target_modules))
-        _check_adapters(model, num_frozen, num_layers)
+        if not spec.model.adapter:
+            _check_adapters(model, num_frozen, num_layers)
     whole = spec.lora.modules_to_save if spec.lora else []
     report = _freeze(model, spec.freeze, num_frozen, whole) if spec.freeze else None
     total, trainable = count_parameters(model)
@@ -71,7 +81,10 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
 
 
 def build_lora_config(
-    lora: LoraSection, model: torch.nn.Module | None = None, num_frozen_layers: int = 0
+    lora: LoraSection,
+    model: torch.nn.Module | None = None,
+    num_frozen_layers: int = 0,
+    task_type: str = "CAUSAL_LM",
 ) -> LoraConfig:
     """Builds PEFT's settings; with a model, ``all-linear`` becomes names and frozen layers get no adapters.
 
@@ -79,6 +92,7 @@ def build_lora_config(
         lora: The section.
         model: The loaded model; ``None`` leaves ``all-linear`` to PEFT.
         num_frozen_layers: Decoder layers from the input without adapters.
+        task_type: PEFT's name of what the model does; with ``SEQ_CLS`` the score head is trained and saved too.
 
     Raises:
         ModelError: A target name matches no linear layer; lists the names there are.
@@ -97,7 +111,7 @@ def build_lora_config(
             options["layers_to_transform"] = list(range(num_frozen_layers, len(find_decoder_layers(model))))
             options["layers_pattern"] = prefix.rsplit(".", 1)[-1]
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         r=lora.r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -108,6 +122,92 @@ def build_lora_config(
         init_lora_weights=lora.init_lora_weights,
         **options,
     )
+
+
+def continue_adapter(model: torch.nn.Module, folder: str, spec: RunSpec) -> PeftModel:
+    """Puts a saved adapter on the model, to be trained further.
+
+    Args:
+        model: The base model.
+        folder: What ``save_pretrained`` of PEFT, or an earlier run, wrote.
+        spec: The run file, whose ``lora`` section has to describe this adapter.
+
+    Raises:
+        ModelError: It is of another base or of another shape, or does not fill every adapter.
+    """
+    config = read_adapter_config(folder)
+    where = f"model.adapter {folder}"
+    base = config.base_model_name_or_path or ""
+    if base and Path(base).name != Path(locate_model(spec.model.name)).name:
+        raise ModelError(
+            f"the adapter was trained on {base}, and model.name is {spec.model.name}",
+            where=where,
+            why="on other weights it means nothing",
+            fix="name the adapter's base; if it only moved, change base_model_name_or_path in adapter_config.json",
+        )
+    differences = [
+        f"{name} is {wanted} in the run file and {had} in the adapter"
+        for name in ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
+        if (wanted := _as_set(getattr(spec.lora, name))) != (had := _as_set(getattr(config, name)))
+        and wanted != "all-linear"
+    ]
+    if differences:
+        raise ModelError("; ".join(differences), where=where, fix="write the adapter's values under lora")
+    config.lora_dropout = spec.lora.lora_dropout
+    return load_adapter(model, folder, config, is_trainable=True)
+
+
+def read_adapter_config(folder: str) -> LoraConfig:
+    """Reads what kind of adapter a folder holds.
+
+    Raises:
+        ModelError: None that Forge can use.
+    """
+    place = Path(folder).expanduser()
+    if not (place / "adapter_config.json").is_file():
+        raise ModelError("this folder holds no adapter: adapter_config.json is missing", where=folder)
+    try:
+        config = PeftConfig.from_pretrained(str(place))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError("adapter_config.json cannot be read", where=folder, why=str(error)) from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"this is a {config.peft_type} adapter", where=folder, fix="Forge goes on with LoRA adapters")
+    return config
+
+
+def load_adapter(
+    model: torch.nn.Module, folder: str, config: LoraConfig, *, name: str = "default", is_trainable: bool = False
+) -> PeftModel:
+    """Loads the weights of an adapter, all of them, onto a base or beside another adapter.
+
+    Raises:
+        ModelError: They do not fit the model, or some are missing.
+    """
+    place = Path(folder).expanduser()
+    try:
+        with safe_open(place / "adapter_model.safetensors", "pt") as file:
+            given = set(file.keys())
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(place), name, is_trainable=is_trainable)
+        else:
+            model = PeftModel.from_pretrained(model, str(place), name, is_trainable=is_trainable, config=config)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError("the adapter does not fit the model", where=folder, why=reason[-1].strip()[:300]) from error
+    missing = set(get_peft_model_state_dict(model, adapter_name=name)) - given
+    if missing:
+        raise ModelError(
+            f"the adapter lacks {len(missing)} tensors, {min(missing)} first",
+            where=folder,
+            why="these would start at random",
+            fix="use the base model and settings that it was trained with",
+        )
+    return model
+
+
+def _as_set(value: object) -> object:
+    """Makes lists comparable: PEFT keeps names as sets, and none as ``None``."""
+    return value if isinstance(value, (str, int, float)) else sorted(value or ())
 
 
 def _refuse_strangers(model: torch.nn.Module, field: str, wanted: Sequence[str], examples: Sequence[str]) -> None:

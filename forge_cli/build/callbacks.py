@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from forge_cli.parts.ema import EMACallback
@@ -24,7 +24,10 @@ def build_ema(spec: RunSpec) -> EMACallback | None:
 
 
 def build_monitor(
-    spec: RunSpec, metrics_path: Path | None = None, on_record: Callable[[dict], None] | None = None
+    spec: RunSpec,
+    metrics_path: Path | None = None,
+    on_record: Callable[[dict], None] | None = None,
+    name_rows: Callable[[Sequence[int]], list[str]] | None = None,
 ) -> MonitorCallback:
     """Builds the monitor. Without the section it still records losses and stops before a non-finite update."""
     section = spec.monitor
@@ -34,4 +37,5 @@ def build_monitor(
         spike_window=section.spike_window if section else 50,
         metrics_path=metrics_path,
         on_record=on_record,
+        name_rows=name_rows,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,10 +9,9 @@ from datasets import Dataset, IterableDataset
 
 from forge_cli.data.packing import pack_lengths
 from forge_cli.data.prepare import Say, TokenSet, prepare_tokens
-from forge_cli.data.read_row import describe_place
 from forge_cli.data.report import DataReport, SplitReport
 from forge_cli.data.row_tokens import Limits, Question, RowTokenizer
-from forge_cli.data.scan import Scan, read_again, scan_rows
+from forge_cli.data.scan import Place, Scan, find_place, read_again, scan_rows
 from forge_cli.errors import DataError
 from forge_cli.parts.labels import IGNORED
 from forge_cli.parts.rendering import Renderer
@@ -33,14 +31,14 @@ class PreparedData:
         eval: The same; ``None`` without evaluation rows.
         questions: Evaluation rows that are evaluated uncut, as prompts and wanted answers.
         report: What became of every row.
-        places: Source files by the number before their first row.
+        places: Source files of the training rows, and the number before the first row of each.
     """
 
     train: Dataset | IterableDataset
     eval: Dataset | None
     questions: tuple[Question, ...]
     report: DataReport
-    places: tuple = ()
+    places: Sequence[Place] = ()
 
     @property
     def reports(self) -> tuple[SplitReport, ...]:
@@ -49,12 +47,7 @@ class PreparedData:
 
     def name_rows(self, rows: Sequence[int]) -> list[str]:
         """Writes where rows stand, given the numbers that the data set carries."""
-        bases = [base for base, _ in self.places]
-        found = []
-        for row in rows:
-            base, file = self.places[bisect_right(bases, row - 1) - 1]
-            found.append(describe_place(file, row - base))
-        return found
+        return [find_place(self.places, row) for row in rows]
 
 
 def prepare_data(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> PreparedData:
@@ -69,7 +62,7 @@ def prepare_data(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> Prep
     train, held_back = (_load(tokens, name) for name in ("train", "eval"))
     if spec.data.packing:
         train = pack_data(train, spec.data.max_length)
-    return PreparedData(train, held_back, tokens.questions, tokens.report, tokens.places)
+    return PreparedData(train, held_back, tokens.questions, tokens.report, tokens.places["train"])
 
 
 def _load(tokens: TokenSet, name: str) -> Dataset | None:
@@ -115,8 +108,7 @@ def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
     stream = IterableDataset.from_generator(
         _generate_rows, gen_kwargs={"scan": scan, "make": lambda: RowTokenizer(Renderer(tokenizer), limits)}
     )
-    places = tuple((base, file) for base, file in scan.places)
-    return PreparedData(stream, held_back, questions, report, places)
+    return PreparedData(stream, held_back, questions, report, scan.places)
 
 
 def _generate_rows(scan: Scan, make: Callable[[], RowTokenizer]) -> Iterator[dict[str, object]]:

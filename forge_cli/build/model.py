@@ -1,11 +1,17 @@
-"""Loads the tokenizer and the base model of a plan."""
+"""Loads the base model of a plan."""
 
 from __future__ import annotations
 
 import importlib.util
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from forge_cli.build.compute import Compute, dtype_name
@@ -15,32 +21,10 @@ from forge_cli.schema.model import QuantizationSection
 from forge_cli.schema.runspec import RunSpec
 
 
-def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer beside the model.
-
-    A tokenizer without a pad token pads with its end token: labels are made by position, so padding is never
-    trained and a real end token is never masked.
-
-    Raises:
-        ModelError: It cannot be loaded, or is not a fast tokenizer (labels need character offsets).
-    """
-    place = locate_model(spec.model.name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=spec.model.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the tokenizer of {spec.model.name} cannot be loaded: {_first_line(error)}", where="model.name"
-        ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{spec.model.name} has no fast tokenizer", why="labels need the character of every token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
 def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
     """Loads the base model onto the device: safetensors only, no remote code, quantised if the plan says so.
+
+    For reward it gets a head with one score instead of the vocabulary, drawn by the seed.
 
     Raises:
         ModelError: The weights are missing, pickled or of an unknown kind.
@@ -57,8 +41,12 @@ def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
     }
     if spec.quantization:
         options["quantization_config"] = build_quantization(spec.quantization, compute.quantized_dtype)
+    kind = AutoModelForCausalLM
+    if spec.method == "reward":
+        kind, options["num_labels"] = AutoModelForSequenceClassification, 1
+        set_seed(spec.seed)
     try:
-        model = AutoModelForCausalLM.from_pretrained(place, **options)
+        model = kind.from_pretrained(place, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ModelError(
             f"{spec.model.name} cannot be loaded: {_first_line(error)}",

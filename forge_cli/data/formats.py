@@ -126,6 +126,13 @@ def read_example(row: Mapping[str, object], kind: str, has_template: bool = True
     return example._replace(tools=tools or None, options=options) if tools or options else example
 
 
+def find_system(example: Example) -> str:
+    """Returns the system prompt of a conversation; empty if there is none."""
+    turns = example.prompt or example.answers[0]
+    is_chat = isinstance(turns, list) and turns and isinstance(turns[0], Mapping)
+    return str(turns[0]["content"]) if is_chat and turns[0].get("role") == "system" else ""
+
+
 def _read_messages(row: Mapping[str, object], has_template: bool) -> Example:
     turns = read_turns(row["messages"], "messages")
     check_order(turns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from forge_cli.data.packing import count_steps, pack_lengths
 from forge_cli.data.reading import DataFile, find_files, fingerprint_file
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport, find_in_both
 from forge_cli.data.row_tokens import Limits, Question
-from forge_cli.data.scan import Scan, read_again, scan_rows
+from forge_cli.data.scan import Place, Scan, find_place, read_again, scan_rows
 from forge_cli.data.store import TokenFolder, find_tokens, load_questions
 from forge_cli.data.tokenizing import tokenize_rows
 from forge_cli.errors import DataError
@@ -38,13 +38,17 @@ class TokenSet:
             the answers; ``row`` and ``length``.
         report: What became of every row.
         questions: Evaluation rows as prompts and wanted answers.
-        places: Source files by the number before their first row.
+        places: Of each split, its source files, and the number before the first row of each.
     """
 
     folder: Path
     report: DataReport
     questions: tuple[Question, ...]
-    places: tuple[tuple[int, DataFile], ...]
+    places: Mapping[str, Sequence[Place]]
+
+    def name_row(self, split: str, row: int) -> str:
+        """Writes where a row stands, given the number that its tokens carry."""
+        return find_place(self.places[split], row)
 
 
 def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> TokenSet:
@@ -77,7 +81,10 @@ def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> To
         report.from_cache = True
         questions, places = load_questions(folder), manifest["report"]["places"]
     _count_steps(spec, report, folder)
-    located = tuple((base, DataFile(name, path and Path(path), kind)) for base, (name, path, kind) in places)
+    located = {
+        split: tuple(Place(base, DataFile(name, path and Path(path), kind)) for base, (name, path, kind) in files)
+        for split, files in places.items()
+    }
     return TokenSet(folder, report, tuple(Question(*one) for one in questions), located)
 
 
@@ -120,7 +127,7 @@ def _check_unchanged(files: list[tuple[DataFile, str]], prints: dict) -> None:
 
 def _make_tokens(
     spec: RunSpec, tokenizer, target: TokenFolder, say: Say, began: float
-) -> tuple[DataReport, list[Question], list]:
+) -> tuple[DataReport, list[Question], dict[str, list]]:
     scans = [scan_rows("train", list_sources(spec.data.train), spec.data, spec.method)]
     if spec.data.eval is not None:
         scans.append(scan_rows("eval", list_sources(spec.data.eval), spec.data, spec.method))
@@ -145,7 +152,12 @@ def _make_tokens(
     report.tokenize_seconds = round(time.perf_counter() - began - scan_seconds, 3)
     if "eval" in counters:
         report.rows_in_both, report.in_both_places = find_in_both(counters["train"], counters["eval"])
-    places = [(base, (file.name, file.path and str(file.path), file.kind)) for base, file in scans[0].places]
+    report.system_prompt = scans[0].system_prompt
+    places = {
+        name: [(base, (file.name, file.path and str(file.path), file.kind)) for base, file in scan.places]
+        for name in counters
+        for scan in (scans[-1] if name == "eval" else scans[0],)
+    }
     return report, questions, places
 
 

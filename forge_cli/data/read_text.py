@@ -164,7 +164,7 @@ def read_csv(stream: BinaryIO, name: str, delimiter: str = ",") -> Iterator[Row 
             begins = reader.line_num + 1
     except csv.Error as error:
         fix = "close the quotes, and write a quote inside a text twice; a text that never ends may be a file cut off"
-        raise DataError(f"not CSV: {error}", where=f"{name}:{begins}", fix=fix) from error
+        raise DataError(f"not CSV: {printable(str(error))}", where=f"{name}:{begins}", fix=fix) from error
 
 
 def read_tsv(stream: BinaryIO, name: str) -> Iterator[Row | BadRow]:

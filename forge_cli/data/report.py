@@ -89,6 +89,7 @@ class DataReport:
         rows_in_both: Evaluation rows whose tokens equal those of a training row.
         in_both_places: Pairs of places (evaluation, training), the first of them.
         unused_columns: Columns that nothing read.
+        system_prompt: What all conversations begin with, if they do.
         packed_sequences: Sequences with packing; 0 where it makes no sense.
         packed_ratio: Share of a packed sequence that holds tokens (0 to 1).
         steps_per_epoch: Optimizer steps as the run is set.
@@ -105,6 +106,7 @@ class DataReport:
     rows_in_both: int = 0
     in_both_places: list[list[str]] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
+    system_prompt: str | None = None
     packed_sequences: int = 0
     packed_ratio: float = 0.0
     steps_per_epoch: int = 0

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from forge_cli.data.formats import (
     COLUMNS,
     find_kind,
+    find_system,
     list_unused,
     list_wanted,
     read_example,
@@ -72,6 +73,12 @@ class Place(NamedTuple):
     file: DataFile
 
 
+def find_place(places: Sequence[Place], row: int, column: int = 0) -> str:
+    """Writes where the row of a number stands: ``train.jsonl:12``."""
+    place = places[bisect_right([one.base for one in places], row - 1) - 1]
+    return describe_place(place.file, row - place.base, column)
+
+
 @dataclass
 class Scan:
     """What the first pass found out about one split.
@@ -86,6 +93,7 @@ class Scan:
         num_rows: All rows, bad ones included.
         unused: Columns that nothing reads.
         skipped: Numbers of the bad rows.
+        systems: System prompts; two are enough to know that there is not one.
     """
 
     name: str
@@ -97,11 +105,16 @@ class Scan:
     num_rows: int = 0
     unused: list[str] = field(default_factory=list)
     skipped: set[int] = field(default_factory=set)
+    systems: set[str] = field(default_factory=set)
 
     def describe(self, row: int, column: int = 0) -> str:
         """Writes where the row of a number stands: ``train.jsonl:12``."""
-        place = self.places[bisect_right([one.base for one in self.places], row - 1) - 1]
-        return describe_place(place.file, row - place.base, column)
+        return find_place(self.places, row, column)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """What all conversations begin with; ``None`` if they differ or begin with nothing."""
+        return next(iter(self.systems)) or None if len(self.systems) == 1 else None
 
     def refuse(self, row: int, what: str, fix: str = "", column: int = 0) -> None:
         """Counts a row as bad."""
@@ -139,11 +152,13 @@ def scan_rows(name: str, sources: Sequence[Source], data: DataSection, method: s
         if kind not in kinds:
             kinds[kind] = scan.describe(number)
         try:
-            read_example(row, kind)
+            example = read_example(row, kind)
         except RowError as error:
             scan.refuse(number, str(error))
             continue
         scan.counts[index] += 1
+        if len(scan.systems) < 2:
+            scan.systems.add(find_system(example))
     _judge_kinds(scan, kinds, method)
     scan.bad.settle(scan.num_rows)
     if not sum(scan.counts):

@@ -18,6 +18,12 @@ class ModelSection(Section):
         min_length=1,
         description="Hub name (org/name), alias (forge models list) or local folder. forge-tiny is the embedded model.",
     )
+    adapter: str | None = Field(
+        default=None, description="Folder of a LoRA adapter to go on training; lora must describe that adapter."
+    )
+    chat_template: str | None = Field(
+        default=None, description="File with a Jinja chat template, in place of the tokenizer's own."
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: DType = Field(
         default="auto",
