@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,9 @@ import pytest
 
 # Before anything imports torch: no network, no telemetry.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+# Tokens that are kept from one test to the next, but never from one session to the next.
+os.environ["FORGE_CACHE"] = tempfile.mkdtemp(prefix="forge-cache-")
+atexit.register(shutil.rmtree, os.environ["FORGE_CACHE"], ignore_errors=True)
 
 TINY = Path(__file__).parent.parent / "forge_cli" / "assets" / "forge-tiny"
 

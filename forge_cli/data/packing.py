@@ -38,6 +38,36 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return sequences
 
 
+def count_sequences(counts: Sequence[int], max_length: int) -> int:
+    """Counts the sequences that :func:`pack_lengths` makes, without a list of rows.
+
+    Args:
+        counts: Number of rows of each length, from length 0.
+        max_length: Tokens that fit into a sequence.
+    """
+    with_room = [0] * (max_length + 1)
+    rooms, total = 0, 0
+    for length in range(min(len(counts) - 1, max_length), 0, -1):
+        left = counts[length]
+        while left:
+            fitting = rooms >> length
+            room = length + (fitting & -fitting).bit_length() - 1 if fitting else max_length
+            # A sequence takes rows of this length until none fits: it is the fullest one after each of them.
+            each = room // length
+            full = left // each if not fitting else min(with_room[room], left // each)
+            number, rows = (full, each) if full else (1, left)
+            if fitting:
+                with_room[room] -= number
+                rooms ^= (1 << room) if not with_room[room] else 0
+            else:
+                total += number
+            left -= number * rows
+            if rest := room - rows * length:
+                with_room[rest] += number
+                rooms |= 1 << rest
+    return total
+
+
 def count_steps(num_sequences: int, batch_size: int, accumulation_steps: int) -> int:
     """Counts the optimizer steps of one epoch, as the Trainer does.
 

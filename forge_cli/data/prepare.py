@@ -11,7 +11,7 @@ from pathlib import Path
 
 from forge_cli.data.choosing import HELD_BACK, choose_rows
 from forge_cli.data.judging import judge_split
-from forge_cli.data.packing import count_steps, pack_lengths
+from forge_cli.data.packing import count_sequences, count_steps
 from forge_cli.data.reading import DataFile, find_files, fingerprint_file
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport, find_in_both
 from forge_cli.data.row_tokens import Limits, Question
@@ -221,6 +221,7 @@ def _count_rows(scan: Scan, copies, counters: dict[str, SplitCounter], splits: l
 
 def _count_steps(spec: RunSpec, report: DataReport, folder: Path) -> None:
     """Counts the steps of an epoch, with and without packing."""
+    import numpy as np
     import pyarrow as pa
 
     training, data = spec.training, spec.data
@@ -229,9 +230,11 @@ def _count_steps(spec: RunSpec, report: DataReport, folder: Path) -> None:
     if spec.method != "sft":
         return
     with pa.memory_map(str(folder / "train.arrow")) as file:
-        lengths = pa.ipc.open_stream(file).read_all()["length"].to_pylist()
-    report.packed_sequences = len(pack_lengths(lengths, data.max_length))
-    report.packed_ratio = sum(lengths) / (report.packed_sequences * data.max_length)
+        counts = np.zeros(data.max_length + 1, dtype=np.int64)
+        for one in pa.ipc.open_stream(file):
+            counts += np.bincount(one.column("length"), minlength=data.max_length + 1)
+    report.packed_sequences = count_sequences(counts.tolist(), data.max_length)
+    report.packed_ratio = report.splits[0].tokens / (report.packed_sequences * data.max_length)
     report.steps_packed = count_steps(report.packed_sequences, *batch)
     if data.packing:
         report.steps_per_epoch = report.steps_packed

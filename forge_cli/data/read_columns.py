@@ -45,8 +45,9 @@ def read_columns(path: Path, name: str) -> Iterator[Row | BadRow]:
 def _read_parquet(path: Path, name: str) -> Iterator[RecordBatch]:
     from pyarrow import parquet
 
-    # With a buffer, columns are read page by page and not a whole row group at once.
-    with parquet.ParquetFile(path, buffer_size=MIB, page_checksum_verification=True) as file:
+    # So that columns are read page by page; what is read ahead of a row group, or of several, would be held whole.
+    by_page = {"buffer_size": MIB, "pre_buffer": False}
+    with parquet.ParquetFile(path, page_checksum_verification=True, **by_page) as file:
         _check_columns(file.schema_arrow, name)
         groups = [file.metadata.row_group(one) for one in range(file.num_row_groups)]
         row_bytes = max((one.total_byte_size // max(one.num_rows, 1) for one in groups), default=0)
@@ -56,6 +57,7 @@ def _read_parquet(path: Path, name: str) -> Iterator[RecordBatch]:
 def _read_arrow(path: Path, name: str) -> Iterator[RecordBatch]:
     import pyarrow
 
+    # Mapped, as a batch may be all of the file: its pages count as memory, but the system takes them back.
     with pyarrow.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(source)

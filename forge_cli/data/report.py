@@ -185,12 +185,13 @@ class SplitCounter:
         bins = np.searchsorted(edges, lengths)
         self.report.histogram = [[edge, int(n)] for edge, n in zip(edges, np.bincount(bins), strict=False)]
         digests = np.frombuffer(self.digests, dtype=np.uint64)
-        _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
-        repeats = np.nonzero(first[inverse] != np.arange(len(digests)))[0]
+        ordered = np.sort(digests)
+        repeats = ordered[1:][ordered[1:] == ordered[:-1]]
         self.report.rows_duplicate = len(repeats)
-        self.report.duplicate_places = [
-            [self.describe(self.numbers[i]), self.describe(self.numbers[first[inverse[i]]])] for i in repeats[:3]
-        ]
+        for digest in np.unique(repeats[:100])[:3]:
+            first, second = np.nonzero(digests == digest)[0][:2]
+            pair = [self.describe(self.numbers[second]), self.describe(self.numbers[first])]
+            self.report.duplicate_places.append(pair)
 
 
 def count_tokens(columns: dict[str, object]) -> int:

@@ -119,13 +119,13 @@ def _answer_batch(model, tokenizer, prompts: list[list[int]], max_new_tokens: in
         top_p=None,
         top_k=None,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_end_tokens(model, tokenizer),
+        eos_token_id=find_end_tokens(model, tokenizer),
     )
     new = output[:, encoded["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
-def _end_tokens(model, tokenizer) -> list[int]:
+def find_end_tokens(model, tokenizer) -> list[int]:
     """Collects the end tokens of the tokenizer, its chat template and the model's generation settings."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from forge_cli.errors import DivergedError
+from forge_cli.run.answers import find_end_tokens
 from forge_cli.run.folder import PARTIAL_SUFFIX, RunFolder
 
+ASKING_FILE = "chat.json"
 
-def save_weights(model, tokenizer, folder: RunFolder, name: str) -> Path:
+
+def save_weights(model, tokenizer, folder: RunFolder, name: str, system_prompt: str | None = None) -> Path:
     """Saves the adapter or the model with its tokenizer and chat template.
 
     Args:
@@ -21,6 +26,8 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str) -> Path:
         tokenizer: Saved beside it; its chat template goes along.
         folder: The run.
         name: Folder inside the run: ``adapter``, ``adapter-raw``, ``model`` or ``model-raw``.
+        system_prompt: What all training conversations began with, if they did; saved with the end tokens, so that the
+            model can be asked as it was trained.
 
     Returns:
         The folder that was written.
@@ -40,6 +47,7 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str) -> Path:
     finally:
         model.config.use_cache = use_cache
     tokenizer.save_pretrained(partial)
+    _save_asking(model, tokenizer, partial, system_prompt)
     for path in partial.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -52,6 +60,21 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str) -> Path:
         os.fsync(descriptor)
         os.close(descriptor)
     return target
+
+
+def _save_asking(model, tokenizer, partial: Path, system_prompt: str | None) -> None:
+    """Saves how the model is asked and where it stops: chat templates end answers with tokens of their own."""
+    ends = find_end_tokens(model, tokenizer)
+    if (generation := getattr(model, "generation_config", None)) is not None:
+        generation = GenerationConfig(**{**generation.to_dict(), "eos_token_id": ends})
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.save_pretrained(partial)
+    asking = {
+        "system_prompt": system_prompt,
+        "end_tokens": tokenizer.convert_ids_to_tokens(ends),
+        "end_token_ids": ends,
+    }
+    (partial / ASKING_FILE).write_text(json.dumps(asking, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _save_options(model) -> dict[str, object]:

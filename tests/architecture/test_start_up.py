@@ -40,6 +40,15 @@ def test_listings_load_nothing_slow(arguments):
     assert modules & {*HEAVY, *SLOW} == set()
 
 
+@pytest.mark.parametrize("command", ["check", "preview"])
+def test_looking_at_data_needs_no_torch(command, tmp_path):
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text("model: {name: forge-tiny}\ndata: {train: forge:quickstart/train, max_length: 128}\n")
+    modules = run_and_list_modules("data", command, str(run_file))
+    assert "transformers" in modules
+    assert modules & {"torch", "datasets", "trl", "peft", "accelerate"} == set()
+
+
 @pytest.mark.parametrize("command", [["config", "validate"], ["config", "show"], ["train", "--dry-run"]], ids=" ".join)
 def test_planning_needs_no_torch(command, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")

@@ -25,7 +25,7 @@ from forge_cli.backend.sft import build_trainer, build_training_args
 from forge_cli.build.adapter import prepare_trainable
 from forge_cli.build.callbacks import build_ema, build_monitor
 from forge_cli.build.data import prepare_data
-from forge_cli.build.model import load_tokenizer
+from forge_cli.build.tokenizer import load_tokenizer
 from forge_cli.facts.model_facts import locate_model
 from forge_cli.resolve.plan import resolve_mapping
 

@@ -14,7 +14,8 @@ from forge_cli.backend import sft
 from forge_cli.backend.sft import build_trainer, build_training_args
 from forge_cli.build.callbacks import build_monitor
 from forge_cli.build.data import prepare_data
-from forge_cli.build.model import keep_4bit_exact, load_tokenizer
+from forge_cli.build.model import keep_4bit_exact
+from forge_cli.build.tokenizer import load_tokenizer
 from forge_cli.resolve.plan import resolve_mapping
 from forge_cli.run.execute import train_plan
 from forge_cli.run.reporter import QuietReporter

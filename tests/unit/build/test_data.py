@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from forge_cli.build.data import BATCH_ROWS, PreparedData, prepare_data
+from forge_cli.build.data import PreparedData, pack_data, prepare_data
+from forge_cli.data.tokenizing import BATCH_ROWS
 from forge_cli.errors import DataError
 from forge_cli.paths import assets_root
 from forge_cli.schema.data import DataSection
@@ -110,12 +111,12 @@ def test_the_report_counts(prepare):
     assert (report.tokens, report.trained_tokens) == (sum(lengths), trained)
     assert (report.longest_tokens, report.median_tokens) == (lengths[-1], lengths[1])
     assert (report.rows_dropped, report.rows_truncated, report.overlong_places) == (0, 0, [])
+    assert data.report.as_dict()["splits"][0]["rows_kept"] == 3
     assert (eval_report.name, eval_report.rows_read, eval_report.rows_kept) == ("eval", 1, 1)
     assert report.line() == (
         f"train: 3 of 3 rows (messages), {sum(lengths)} tokens, {100 * trained / sum(lengths):.0f} % trained, "
         f"median {lengths[1]}, longest {lengths[-1]}"
     )
-    assert data.as_dict()[0]["rows_kept"] == 3
 
 
 # Overlong rows.
@@ -127,14 +128,15 @@ def overlong_rows(tokenizer) -> tuple[list[dict], list[int]]:
     return rows, [len(rendered(tokenizer, row["messages"])) for row in rows]
 
 
-def test_overlong_rows_are_an_error_unless_said_otherwise(prepare, tokenizer):
+def test_overlong_rows_are_an_error_unless_said_otherwise(prepare, tokenizer, tmp_path):
     assert DataSection.model_fields["on_overlong"].default == "error"
     rows, lengths = overlong_rows(tokenizer)
     with pytest.raises(DataError) as caught:
         prepare(rows, max_length=32)
     (problem,) = caught.value.problems
+    path = tmp_path / "rows.jsonl"
     assert problem.what == (
-        f"2 of 4 rows are longer than data.max_length 32; the longest has {lengths[3]} tokens (line 2, line 4)"
+        f"2 of 4 rows are longer than data.max_length 32; the longest has {lengths[3]} tokens ({path}:2, {path}:4)"
     )
     assert problem.fix == f"raise data.max_length to {lengths[3]}, or set data.on_overlong: drop or truncate"
     assert prepare(rows, max_length=lengths[3]).reports[0].rows_kept == 4
@@ -142,20 +144,20 @@ def test_overlong_rows_are_an_error_unless_said_otherwise(prepare, tokenizer):
 
 def test_dropped_rows_are_counted(prepare, tokenizer):
     rows, lengths = overlong_rows(tokenizer)
-    data = prepare(rows, max_length=32, on_overlong="drop")
+    data = prepare(rows, max_length=32, on_overlong="drop", max_lost_ratio=1.0)
     report = data.reports[0]
-    assert [set(numbers) for numbers in data.train["rows"]] == [{1}, {3}]
+    assert data.train["row"][:] == [1, 3]
     assert (report.rows_read, report.rows_kept, report.rows_dropped, report.rows_truncated) == (4, 2, 2, 0)
-    assert report.overlong_places == ["line 2", "line 4"]
+    assert [place.rpartition(":")[2] for place in report.overlong_places] == ["2", "4"]
     assert report.tokens == lengths[0] + lengths[2]
     assert "2 of 4 rows (messages, 2 dropped)" in report.line()
 
 
 def test_cut_rows_get_no_end_token_and_rows_without_an_answer_go(prepare, tokenizer):
     rows, lengths = overlong_rows(tokenizer)
-    data = prepare(rows, max_length=32, on_overlong="truncate")
+    data = prepare(rows, max_length=32, on_overlong="truncate", max_lost_ratio=1.0)
     report = data.reports[0]
-    assert [set(numbers) for numbers in data.train["rows"]] == [{1}, {2}, {3}]
+    assert data.train["row"][:] == [1, 2, 3]
     assert (report.rows_kept, report.rows_dropped, report.rows_truncated) == (3, 1, 1)
     assert "3 of 4 rows (messages, 1 dropped, 1 cut)" in report.line()
     assert report.tokens == lengths[0] + 32 + lengths[2]
@@ -166,14 +168,16 @@ def test_cut_rows_get_no_end_token_and_rows_without_an_answer_go(prepare, tokeni
 
 
 def test_many_overlong_rows_are_counted_and_the_first_named(prepare):
-    data = prepare([chat("a", "b"), *[chat("a", "x " * 60)] * 50], max_length=32, on_overlong="drop")
+    data = prepare(
+        [chat("a", "b"), *[chat("a", "x " * 60)] * 50], max_length=32, on_overlong="drop", max_lost_ratio=1.0
+    )
     assert data.reports[0].rows_dropped == 50
-    assert data.reports[0].overlong_places == [f"line {number}" for number in range(2, 22)]
+    assert [place.rpartition(":")[2] for place in data.reports[0].overlong_places] == [str(n) for n in range(2, 22)]
 
 
 def test_a_split_without_rows_is_an_error(prepare):
-    with pytest.raises(DataError, match=r"no row is left for train.*0 of 1 rows \(messages, 1 dropped\)"):
-        prepare([chat("a", "x " * 60)], max_length=32, on_overlong="drop")
+    with pytest.raises(DataError, match=r"no row is left for train.*1 rows are longer"):
+        prepare([chat("a", "x " * 60)], max_length=32, on_overlong="drop", max_lost_ratio=1.0)
 
 
 # Where rows come from.
@@ -181,24 +185,25 @@ def test_a_split_without_rows_is_an_error(prepare):
 
 def test_tokens_carry_the_line_of_their_row(prepare):
     data = prepare([chat("a", "b"), "", chat("c", "d"), " ", chat("e", "f")])
-    for row, line in zip(data.train, (1, 3, 5), strict=True):
-        assert row["rows"] == [line] * len(row["input_ids"])
-    assert data.train.column_names == ["input_ids", "labels", "rows"]
+    assert data.train["row"][:] == [1, 3, 5]
+    assert data.train["length"][:] == [len(ids) for ids in data.train["input_ids"]]
+    assert [name.rpartition("/")[2] for name in data.name_rows([3, 5])] == ["rows.jsonl:3", "rows.jsonl:5"]
+    packed = pack_data(data.train, 256)
+    assert [sorted(one["rows"]) for one in packed] == [[1, 3, 5]]
 
 
 def test_a_share_is_held_back_by_the_seed(prepare, tokenizer):
     rows = [chat(f"question {i}", f"answer {i}") for i in range(40)]
     first, again, other = (prepare(rows, eval_fraction=0.25, seed=seed) for seed in (0, 0, 1))
     held = [int(text.removeprefix("answer ").removesuffix(END)) for text in trained_texts(tokenizer, first.eval)]
-    lines = [numbers[0] for numbers in first.train["rows"]]
+    lines = first.train["row"][:]
     assert len(held) == 10
     assert held == sorted(held) and lines == sorted(lines)
     assert sorted([*(i + 1 for i in held), *lines]) == list(range(1, 41))
     trained = trained_texts(tokenizer, first.train)
     assert trained == [f"answer {line - 1}{END}" for line in lines]
-    assert again.train["rows"] == first.train["rows"] and again.eval["input_ids"] == first.eval["input_ids"]
+    assert again.train["row"][:] == first.train["row"][:] and again.eval["input_ids"] == first.eval["input_ids"]
     assert other.eval["input_ids"] != first.eval["input_ids"]
-    assert first.eval.column_names == ["input_ids", "labels"]
 
 
 def test_a_share_that_leaves_nothing_is_an_error(prepare):
@@ -209,19 +214,26 @@ def test_a_share_that_leaves_nothing_is_an_error(prepare):
 def test_all_bad_rows_are_named(prepare):
     rows = [
         chat("a", "b"),
-        chat(f"say {END}", "b"),
         {"messages": "a"},
         {"messages": [{"role": "gpt", "content": "a"}]},
         {"messages": [{"role": "user", "content": "a"}]},
+        chat("a", "half \ud83d"),
     ]
     with pytest.raises(DataError) as caught:
         prepare(rows)
-    problems = [str(problem).rpartition("rows.jsonl ")[2] for problem in caught.value.problems]
+    problems = [str(problem).rpartition("rows.jsonl")[2] for problem in caught.value.problems]
     assert problems == [
-        f"line 2: the text contains the special token {END}",
-        "line 3: messages is not a list of turns",
-        "line 4: turn 1 has the unknown role 'gpt'; use system, user or assistant",
-        "line 5: no assistant turn to train on",
+        ":2: messages is not a list of turns",
+        "1 of 5 rows are bad; mend them, or set data.on_bad_row: skip",
+    ]
+    with pytest.raises(DataError) as caught:
+        prepare([rows[0], *rows[2:]])
+    problems = [str(problem).rpartition("rows.jsonl")[2] for problem in caught.value.problems]
+    assert problems == [
+        ":2: turn 1 has the unknown role 'gpt'; use system, user, assistant, tool",
+        ":3: no assistant turn to train on",
+        ":4: the text contains half a character, '\\ud83d'",
+        "3 of 4 rows are bad; mend them, or set data.on_bad_row: skip",
     ]
 
 
@@ -233,11 +245,12 @@ def test_all_bad_rows_are_named(prepare):
         ({"instruction": "a", "output": None}, "instruction, input and output must be text"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, "instruction, input and output must be text"),
         ({"text": None}, "NoneType where text is wanted"),
+        ({"messages": [{"role": "assistant", "content": "nobody asked"}]}, "turn 1 answers before anybody asked"),
         ({"text": "half \ud83d"}, "half a character"),
     ],
 )
 def test_columns_of_the_wrong_kind_are_refused(prepare, row, why):
-    with pytest.raises(DataError, match=f"rows.jsonl line 1: .*{why}"):
+    with pytest.raises(DataError, match=f"rows.jsonl:1: .*{why}"):
         prepare([row])
 
 
@@ -245,11 +258,11 @@ def test_batches_keep_the_order(prepare, tokenizer):
     rows = [chat(f"{i}", f"answer {i}") for i in range(BATCH_ROWS + 5)]
     data = prepare(rows)
     assert trained_texts(tokenizer, data.train) == [f"answer {i}{END}" for i in range(len(rows))]
-    rows[3] = rows[BATCH_ROWS + 2] = chat(END, "a")
+    rows[3] = rows[BATCH_ROWS + 2] = chat("half \ud83d", "a")
     with pytest.raises(DataError) as caught:
         prepare(rows)
-    places = [problem.where.rpartition(" ")[2] for problem in caught.value.problems]
-    assert places == ["4", f"{BATCH_ROWS + 3}"]
+    places = [problem.where.rpartition(":")[2] for problem in caught.value.problems]
+    assert places == ["4", f"{BATCH_ROWS + 3}", ""]
 
 
 # Questions for the report.
@@ -277,11 +290,12 @@ def test_plain_prompts_become_plain_questions(prepare, tokenizer):
 def test_rows_without_an_answer_or_cut_are_no_questions(prepare):
     rows = [
         {"messages": [{"role": "user", "content": "no answer"}]},
-        {"messages": [{"role": "assistant", "content": "nobody asked"}]},
         chat("too long", "x " * 100),
         chat("asked", "answered"),
     ]
-    data = prepare([chat("a", "b")], eval_rows=rows, train_on="all", max_length=64, on_overlong="truncate")
-    assert data.reports[1].rows_kept == 4
+    data = prepare(
+        [chat("a", "b")], eval_rows=rows, train_on="all", max_length=64, on_overlong="truncate", max_lost_ratio=1.0
+    )
+    assert data.reports[1].rows_kept == 3
     assert [question.shown for question in data.questions] == ["asked"]
     assert prepare([{"text": "a"}], eval_rows=[{"text": "b"}]).questions == ()
