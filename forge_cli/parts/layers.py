@@ -98,3 +98,23 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trainable += count if parameter.requires_grad else 0
     return total, trainable
+
+
+def measure_norms(groups: ParameterGroups) -> tuple[torch.Tensor, torch.Tensor]:
+    """Measures the gradient norm of every trainable parameter, without a host sync.
+
+    Args:
+        groups: The trainable parameters. One without a gradient counts as 0.
+
+    Shapes:
+        Returns ``norms [P]`` in float32, in the order of ``groups.names``, and their 2-norm ``total []``.
+    """
+    gradients = [p.grad for p in groups.parameters if p.grad is not None]
+    if not gradients:
+        zeros = torch.zeros(len(groups.parameters))
+        return zeros, zeros.sum()
+    device = gradients[0].device
+    measured = iter(torch._foreach_norm(gradients, dtype=torch.float32))
+    zero = torch.zeros((), device=device)
+    norms = torch.stack([zero if p.grad is None else next(measured).to(device) for p in groups.parameters])
+    return norms, torch.linalg.vector_norm(norms)

@@ -18,7 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from forge_cli.errors import DivergedError
-from forge_cli.parts.layers import ParameterGroups
+from forge_cli.parts.layers import ParameterGroups, measure_norms
 from forge_cli.parts.memory import peak_memory_bytes
 
 Record = dict[str, object]
@@ -28,26 +28,6 @@ MOST_OVERFLOWS = 20
 def pick_rewards(metrics: Mapping[str, object]) -> Record:
     """Picks the rewards and log probabilities of better and worse answers, with ``eval_`` before their names or not."""
     return {name: value for name, value in metrics.items() if "rewards/" in name or "logps/" in name}
-
-
-def measure_norms(groups: ParameterGroups) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measures the gradient norm of every trainable parameter, without a host sync.
-
-    Args:
-        groups: The trainable parameters. One without a gradient counts as 0.
-
-    Shapes:
-        Returns ``norms [P]`` in float32, in the order of ``groups.names``, and their 2-norm ``total []``.
-    """
-    gradients = [p.grad for p in groups.parameters if p.grad is not None]
-    if not gradients:
-        zeros = torch.zeros(len(groups.parameters))
-        return zeros, zeros.sum()
-    device = gradients[0].device
-    measured = iter(torch._foreach_norm(gradients, dtype=torch.float32))
-    zero = torch.zeros((), device=device)
-    norms = torch.stack([zero if p.grad is None else next(measured).to(device) for p in groups.parameters])
-    return norms, torch.linalg.vector_norm(norms)
 
 
 class MonitorCallback(TrainerCallback):
@@ -82,7 +62,7 @@ class MonitorCallback(TrainerCallback):
         self.spike_ratio = spike_ratio
         self.metrics_path = metrics_path
         self.on_record = on_record
-        self.name_rows = name_rows or (lambda rows: [f"row {row}" for row in rows])
+        self.name_rows = name_rows or _number_rows
         self.records: list[Record] = []
         self.alarms: list[Record] = []
         self.num_tokens = 0
@@ -293,6 +273,10 @@ class MonitorCallback(TrainerCallback):
                 file.write(json.dumps({k: _as_json(v) for k, v in record.items()}) + "\n")
         if self.on_record is not None:
             self.on_record(record)
+
+
+def _number_rows(rows: Sequence[int]) -> list[str]:
+    return [f"row {row}" for row in rows]
 
 
 def _as_json(value: object) -> object:

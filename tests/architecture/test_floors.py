@@ -91,10 +91,14 @@ def test_torch_free_rooms_name_no_heavy_library(path):
 def test_the_data_room_imports_heavy_libraries_late_and_torch_never(path):
     tree = parse(path)
     for module, line in imports_of(tree):
-        assert module.split(".")[0] not in {"torch", "trl", "peft", "accelerate", "bitsandbytes"}, f"{label(path)}:{line}"
+        assert module.split(".")[0] not in {"torch", "trl", "peft", "accelerate", "bitsandbytes"}, (
+            f"{label(path)}:{line}"
+        )
     for node in tree.body:
         for module, line in imports_of(node) if isinstance(node, ast.Import | ast.ImportFrom) else ():
-            assert module.split(".")[0] not in HEAVY | {"pyarrow", "tokenizers"}, f"{label(path)}:{line} imports {module}"
+            assert module.split(".")[0] not in HEAVY | {"pyarrow", "tokenizers"}, (
+                f"{label(path)}:{line} imports {module}"
+            )
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if room_of(p) == "cli"], ids=label)

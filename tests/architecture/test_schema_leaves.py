@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import get_args
 
@@ -22,7 +23,13 @@ ROWS = [
 # A run in which every leaf can take effect. What another base needs stands beside the leaf below.
 BASE: dict[str, object] = {
     "model": {"name": "forge-tiny"},
-    "data": {"train": "rows.jsonl", "eval": "eval.jsonl", "max_length": 64, "on_overlong": "drop"},
+    "data": {
+        "train": "rows.jsonl",
+        "eval": "eval.jsonl",
+        "max_length": 64,
+        "on_overlong": "drop",
+        "max_lost_ratio": 1.0,
+    },
     "lora": {"r": 4},
     "freeze": {"first": 2},
     "ema": {},
@@ -30,7 +37,6 @@ BASE: dict[str, object] = {
     "report": {"samples": 1},
 }
 FULL = {"lora": None, "quantization": None}
-HUB = {"data.train": "org/name", "data.eval": None, "data.eval_split": "validation"}
 
 # leaf: (another value, changes of the base it needs)
 VARIANTS: dict[str, tuple[object, dict]] = {
@@ -38,6 +44,7 @@ VARIANTS: dict[str, tuple[object, dict]] = {
     "output_dir": ("elsewhere", {}),
     "seed": (7, {}),
     "model.name": ("org/other", {}),
+    "model.chat_template": ("other.jinja", {}),
     "model.revision": ("v2", {"model.name": "org/other"}),
     "model.dtype": ("bfloat16", {}),
     "model.attn_implementation": ("eager", {}),
@@ -47,11 +54,15 @@ VARIANTS: dict[str, tuple[object, dict]] = {
     "quantization.bnb_4bit_compute_dtype": ("bfloat16", {}),
     "quantization.bnb_4bit_quant_storage": ("bfloat16", {}),
     "data.train": ("eval.jsonl", {}),
-    "data.train_split": ("other", HUB),
     "data.eval": ("rows.jsonl", {}),
-    "data.eval_split": ("test", HUB),
     "data.eval_fraction": (0.5, {"data.eval": None}),
+    "data.eval_rows": (2, {"data.eval": None}),
     "data.format": ("text", {}),
+    "data.on_bad_row": ("skip", {"data.train": "some_bad.jsonl", "data.max_bad_ratio": 0.5}),
+    "data.max_bad_ratio": (0.5, {"data.train": "some_bad.jsonl", "data.on_bad_row": "skip"}),
+    "data.max_lost_ratio": (0.0, {"data.max_length": 48}),
+    "data.padding_free": (True, {}),
+    "data.streaming": (True, {"data.eval": None, "data.on_overlong": "truncate"}),
     "data.max_length": (32, {}),
     "data.on_overlong": ("truncate", {"data.max_length": 32}),
     "data.packing": (True, {}),
@@ -83,6 +94,7 @@ VARIANTS: dict[str, tuple[object, dict]] = {
     "training.optim": ("adamw_torch", {}),
     "training.lr_scheduler_type": ("linear", {}),
     "training.warmup_steps": (3, {}),
+    "training.train_sampling_strategy": ("group_by_length", {}),
     "training.weight_decay": (0.1, {}),
     "training.max_grad_norm": (0.5, {}),
     "training.activation_checkpointing": (False, {}),
@@ -148,6 +160,11 @@ def write_rows(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     Path("eval.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:2]))
+    Path("some_bad.jsonl").write_text("\n".join([*(json.dumps(row) for row in ROWS), "{"]))
+    Path("other.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant<|im_start|>{% endif %}"
+    )
 
 
 def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
@@ -159,6 +176,7 @@ def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
     from forge_cli.build.adapter import prepare_trainable
     from forge_cli.build.callbacks import build_ema, build_monitor
     from forge_cli.build.compute import choose_compute
+    from forge_cli.build.tokenizer import load_tokenizer
     from forge_cli.run.answers import Examination
     from forge_cli.run.folder import create_run_folder
 
@@ -192,7 +210,7 @@ def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
     handed["data"] = hand_over_data(spec)
     questions = handed["data"][-1] if isinstance(handed["data"][-1], tuple) else ()
     if spec.report and questions:
-        examination = Examination(spec.report, questions, model_room.load_tokenizer(build_spec({})), torch.float32)
+        examination = Examination(spec.report, questions, load_tokenizer(build_spec({})), torch.float32)
         asked = []
         with monkeypatch.context() as patch:
             patch.setattr("forge_cli.run.answers.generate_answers", lambda *given: asked.append(given[2:]) or [])
@@ -206,26 +224,28 @@ def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
 
 
 def hand_over_data(spec: RunSpec) -> tuple:
-    """Returns the rows that are trained and evaluated, or what is asked of the hub."""
-    from forge_cli.backend.sft import pack_rows
-    from forge_cli.build import rows
+    """Returns the rows that are trained and evaluated, or why there are none."""
     from forge_cli.build.data import prepare_data
-    from forge_cli.build.model import load_tokenizer
+    from forge_cli.build.tokenizer import load_tokenizer
     from forge_cli.errors import DataError
 
-    tokenizer = load_tokenizer(build_spec({}))
-    asked = []
-
-    def ask_hub(name, split):
-        asked.append((name, split))
-        return rows.Rows(name, ROWS, [f"row {n}" for n in range(1, len(ROWS) + 1)])
-
-    kept, rows._read_hub = rows._read_hub, ask_hub
+    named = {**spec.model.model_dump(), "name": "forge-tiny"}
     try:
-        data = prepare_data(spec, tokenizer)
+        data = prepare_data(spec, load_tokenizer(spec.model_copy(update={"model": type(spec.model)(**named)})))
     except DataError as error:
         return (str(error),)
-    finally:
-        rows._read_hub = kept
-    train = pack_rows(data.train, spec.data.max_length) if spec.data.packing else data.train
-    return (asked, train.to_dict(), data.eval.to_dict() if data.eval else None, data.questions)
+    if spec.data.streaming:
+        return ([type(data.train).__name__, *islice(data.train, 20)], ())
+    return (data.train.to_dict(), data.train[:], data.eval.to_dict() if data.eval else None, data.questions)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("path", "eval.jsonl"), ("rows", 3), ("weight", 2.0), ("columns", {"messages": "other"})]
+)
+def test_every_key_of_a_source_changes_the_rows(name, value, tmp_path, monkeypatch):
+    write_rows(tmp_path, monkeypatch)
+    other = [json.dumps({**row, "other": row["messages"][:2]}) for row in ROWS]
+    Path("rows.jsonl").write_text("\n".join(other))
+    sources = [{"path": "rows.jsonl"}, {"path": "rows.jsonl", name: value}]
+    handed = [hand_over_data(build_spec({"data.train": source})) for source in sources]
+    assert handed[0] != handed[1]

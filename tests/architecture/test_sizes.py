@@ -20,7 +20,7 @@ MOST_SECTION_FIELDS = 12
 # Where rows come from and what becomes of them is one question for a user; the order of rows is TrainingArguments'.
 MORE_FIELDS = {"DataSection": 14, "TrainingSection": 13}
 # RunSpec is the run file itself: its fields are the sections and the few settings that belong to none.
-MOST_RUN_FILE_FIELDS = 19
+MOST_RUN_FILE_FIELDS = 20
 VAGUE = re.compile(r"(Manager|Helper|Utils?|Handler|Mixin|Common|Misc)$", re.IGNORECASE)
 
 

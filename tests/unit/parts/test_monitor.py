@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge_cli.errors import DivergedError
-from forge_cli.parts.layers import ParameterGroups, count_parameters
-from forge_cli.parts.monitor import MonitorCallback, measure_norms
+from forge_cli.parts.layers import ParameterGroups, count_parameters, measure_norms
+from forge_cli.parts.monitor import MonitorCallback
 
 
 class SyncCounter(TorchDispatchMode):
@@ -107,7 +107,7 @@ def test_a_bad_loss_stops_before_the_update_and_names_the_rows(started, tmp_path
     with pytest.raises(DivergedError) as error:
         play(monitor, [1.0, bad])
     assert error.value.exit_code == 10
-    assert "step 2" in str(error.value) and "rows 2" in str(error.value)
+    assert "step 2" in str(error.value) and "row 2" in str(error.value)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["loss"] == 1.0 and records[1]["diverged"] and records[1]["rows"] == [2]
 
