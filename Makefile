@@ -10,7 +10,7 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make real        train a real 135M model on real conversations, offline (under 10 minutes, 2 cores)"
 	@echo "make tiny-base   rebuild the embedded model from random weights"
-	@echo "make bench       start-up times, and the cost of EMA and monitor"
+	@echo "make bench       start-up times, the cost of EMA and monitor, speed of reading rows"
 
 quickstart: $(VENV)/.installed
 	$(RUN)/forge train recipes/quickstart.yaml
@@ -31,6 +31,7 @@ tiny-base: $(VENV)/.installed
 bench: $(VENV)/.installed-test
 	$(RUN)/python tests/benchmarks/start_up.py
 	$(RUN)/python tests/benchmarks/overhead.py
+	$(RUN)/python tests/benchmarks/data_scan.py --size-mb 100
 
 lint: $(VENV)/.installed-test
 	$(RUN)/python -m pip install -q ruff && $(RUN)/ruff check . && $(RUN)/ruff format --check .

@@ -35,12 +35,15 @@ def estimate_from_plan(plan: Plan) -> MemoryEstimate | None:
     embeddings_train = spec.lora is None and not _freezes_embeddings(spec)
     num_adapter = num_trainable if spec.lora else 0
     return estimate_memory(
-        weights_bytes=_estimate_weights(spec, facts, compute_bytes) + 4 * num_adapter,
+        weights_bytes=_estimate_weights(spec, facts, compute_bytes)
+        + 4 * num_adapter
+        + _estimate_reference(facts, spec, compute_bytes),
         num_trainable_parameters=num_trainable,
         layer=layer_shape(facts),
         num_layers=facts.num_hidden_layers,
         vocab_size=facts.vocab_size,
-        batch_size=spec.training.per_device_train_batch_size,
+        # A row of preferences is two sequences: chosen and rejected, or an answer and one to compare it with.
+        batch_size=spec.training.per_device_train_batch_size * (1 if spec.method == "sft" else 2),
         sequence_length=spec.data.max_length,
         # Trained embeddings below frozen layers need a backward pass through them.
         num_frozen_prefix_layers=0 if embeddings_train else num_frozen,
@@ -116,6 +119,12 @@ def _estimate_weights(spec: RunSpec, facts: ModelFacts, compute_bytes: int) -> i
         spec.quantization.bits if spec.quantization else 4,
         spec.quantization.bnb_4bit_use_double_quant if spec.quantization else True,
     )
+
+
+def _estimate_reference(facts: ModelFacts, spec: RunSpec, compute_bytes: int) -> int:
+    """Estimates a second model as the reference: whole training has one, adapters are switched off instead."""
+    has_model = spec.method in ("dpo", "kto") and spec.lora is None and not spec.preference.precompute_ref_log_probs
+    return (facts.num_parameters or 0) * compute_bytes if has_model else 0
 
 
 def _trainable_bytes(spec: RunSpec) -> int:

@@ -28,7 +28,7 @@ def check_files(scene: Scene) -> Iterator[Clash]:
 def _check_file(path: str, source: str) -> Clash | None:
     try:
         file = Path(source).expanduser()
-        if file.is_file():
+        if file.is_file() or file.is_dir():  # what is wrong with a folder is said with the rows
             return None
         exists = file.exists()
     except (OSError, RuntimeError, ValueError):

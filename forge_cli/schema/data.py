@@ -27,7 +27,7 @@ class Source(Section):
     path: str = Field(
         min_length=1,
         description="A file or glob (.jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow; .gz and .zst too), "
-        "hf://org/name@revision, or forge:NAME.",
+        "hf://org/name@revision (also org/name/subset), or forge:NAME.",
     )
     split: str = Field(default="train", description="Split of a hub data set.")
     rows: int | None = Field(default=None, ge=1, description="Take this many of its rows, drawn by the seed.")

@@ -53,6 +53,10 @@ def run_folder(tmp_path: Path) -> Path:
     [
         "",
         "train",
+        "data",
+        "data check",
+        "data preview",
+        "data parity",
         "config",
         "config show",
         "config explain",

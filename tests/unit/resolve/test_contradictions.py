@@ -121,7 +121,7 @@ CLASHES = [
     ),
     (HUB + "data: {train: trian.jsonl}\n", "2:8 data.train", ["no such file", "did you mean train.jsonl?"]),
     (HUB + "data: {train: ./nothing}\n", "2:8 data.train", ["no such file: ./nothing", "paths start at"]),
-    (HUB + "data: {train: ./folder}\n", "2:8 data.train", ["not a regular file"]),
+    (HUB + "data: {train: /dev/null}\n", "2:8 data.train", ["not a regular file"]),
     (HUB + "data: {train: org/set, eval: x.csv}\n", "2:24 data.eval", ["no such file: x.csv"]),
     (HUB + "data: {train: forge:nothing}\n", "2:8 data.train", ["ships no data", "known: forge:quickstart/heldout"]),
     ("model: {name: ./nothing}\n" + DATA, "1:9 model.name", ["no model folder"]),
