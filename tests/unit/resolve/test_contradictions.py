@@ -123,7 +123,7 @@ CLASHES = [
     (HUB + "data: {train: ./nothing}\n", "2:8 data.train", ["no such file: ./nothing", "paths start at"]),
     (HUB + "data: {train: /dev/null}\n", "2:8 data.train", ["not a regular file"]),
     (HUB + "data: {train: org/set, eval: x.csv}\n", "2:24 data.eval", ["no such file: x.csv"]),
-    (HUB + "data: {train: forge:nothing}\n", "2:8 data.train", ["ships no data", "known: forge:quickstart/heldout"]),
+    (HUB + "data: {train: forge:nothing}\n", "2:8 data.train", ["ships no data", "known: forge:preference/heldout"]),
     ("model: {name: ./nothing}\n" + DATA, "1:9 model.name", ["no model folder"]),
     ("model: {name: ~nobody-here/x}\n" + DATA, "1:9 model.name", ["is not a folder name"]),
     (HUB + "data: {train: ~nobody-here/x}\n", "2:8 data.train", ["is not a file name"]),

@@ -123,7 +123,7 @@ def test_names_are_no_paths(name):
 
 def test_unknown_preset_names_the_nearest(problems_of):
     assert "did you mean qlora?" in str(problems_of(BASE + "preset: qlroa\n")[0])
-    assert "known: lora" in str(problems_of(BASE + "preset: zzz\n")[0])
+    assert "known: cpo" in str(problems_of(BASE + "preset: zzz\n")[0])
 
 
 def test_shipped_presets_resolve(write):

@@ -188,7 +188,8 @@ def test_a03_every_key_one_edit_away_is_recognised(problems_of):
     for section, owner in find_sections().items():
         for name in owner.model_fields:
             for wrong in {name[:-1] + "x" + name[-1], name[1:], name[:1] + name, name[:2] + name[3:]} - {name}:
-                if len(wrong) >= 3 and wrong not in owner.model_fields:
+                # Without its first letter, undesirable_weight is as near to desirable_weight.
+                if len(wrong) >= 3 and not {wrong, wrong[1:]} & {*owner.model_fields}:
                     assert find_nearest(wrong, owner.model_fields) == name, (section, wrong)
                     count += 1
     assert count > 150
