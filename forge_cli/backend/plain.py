@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import TrainingArguments
 
-from forge_cli.backend.sft import checkpointing_fields, shared_fields
+from forge_cli.backend.arguments import checkpointing_fields, shared_fields
 from forge_cli.schema.runspec import RunSpec
 
 

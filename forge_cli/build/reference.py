@@ -70,7 +70,8 @@ def prepare_reference(spec: RunSpec, compute: Compute) -> Reference | None:
         config = read_adapter_config(wanted)
         if spec.lora:
             return Reference(f"{spec.model.name} with the adapter {wanted}", False, adapter=wanted)
-        model = load_adapter(_load_frozen(spec, compute, None), wanted, config)
+        # Merged, as TRL's fused head needs a plain model.
+        model = load_adapter(_load_frozen(spec, compute, None), wanted, config).merge_and_unload()
         return Reference(f"a frozen copy of {spec.model.name} with the adapter {wanted}", False, model=model)
     return Reference(f"the model in {wanted}", False, model=_load_frozen(spec, compute, wanted))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from forge_cli.errors import Problem
 from forge_cli.resolve.effect import find_idle
 from forge_cli.resolve.rules_data import DATA_RULES
+from forge_cli.resolve.rules_preference import PREFERENCE_RULES, warn_about_preferences
 from forge_cli.resolve.rules_training import TRAINING_RULES, warn_about_ema
 from forge_cli.resolve.rules_weights import WEIGHT_RULES
 from forge_cli.resolve.scene import Clash, Scene
@@ -50,6 +51,7 @@ def _to_clash(path: str, idle: Idle) -> Clash:
 def find_warnings(scene: Scene) -> Iterator[str]:
     """Finds what is allowed but probably not meant."""
     yield from warn_about_ema(scene.spec, scene.spec.training.max_steps)
+    yield from warn_about_preferences(scene.spec)
 
 
-RULES: tuple[Rule, ...] = (find_idle_settings, *WEIGHT_RULES, *DATA_RULES, *TRAINING_RULES)
+RULES: tuple[Rule, ...] = (find_idle_settings, *WEIGHT_RULES, *DATA_RULES, *TRAINING_RULES, *PREFERENCE_RULES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from forge_cli.resolve.rules_preference import iterate_idle_preferences
 from forge_cli.resolve.sources import EMBEDDED_MODEL, is_model_folder
 from forge_cli.schema.data import write_sources
 
@@ -69,6 +70,8 @@ def _iterate_idle(spec: RunSpec) -> Iterator[tuple[str, Idle]]:
         fix = "remove the line, or write lr_scheduler_type: constant_with_warmup"
         yield "training.warmup_steps", Idle(("training.lr_scheduler_type",), "a constant schedule has no warm-up", fix)
     yield from _iterate_idle_sources(spec)
+    for path, causes, why in iterate_idle_preferences(spec):
+        yield path, Idle(causes, why)
 
 
 def _iterate_idle_report(spec: RunSpec, sources: tuple[str, ...]) -> Iterator[tuple[str, Idle]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_cli.errors import ModelError
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.resolve.rules_training import warn_about_ema
@@ -102,7 +103,10 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     from forge_cli.build.adapter import prepare_trainable
     from forge_cli.build.compute import choose_compute
     from forge_cli.build.data import prepare_data
-    from forge_cli.build.model import check_lengths, describe_model, load_model, load_tokenizer
+    from forge_cli.build.model import check_lengths, describe_model, load_model
+    from forge_cli.build.reference import release_reference
+    from forge_cli.build.tokenizer import load_tokenizer
+    from forge_cli.data.report_text import render_report
     from forge_cli.run.answers import Examination
     from forge_cli.run.report import Findings, write_report
 
@@ -112,10 +116,11 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     reporter.say(f"{compute.device_name}: {compute.reason}")
 
     tokenizer = load_tokenizer(spec)
-    data = prepare_data(spec, tokenizer)
-    for split in data.reports:
-        reporter.say(split.line())
-    examination = Examination(spec.report, data.questions, tokenizer, compute.autocast_dtype)
+    data = prepare_data(spec, tokenizer, reporter.say)
+    reporter.say(render_report(data.report))
+    # A reward model scores answers and writes none.
+    section = spec.report if spec.method != "reward" else None
+    examination = Examination(section, data.questions, tokenizer, compute.autocast_dtype)
 
     model = load_model(spec, compute)
     check_lengths(spec, model, tokenizer)
@@ -126,13 +131,15 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     reporter.say(examination.announce("before"))
     before = examination.answer(model)
     trainer = _build_trainer(plan, folder, reporter, model, tokenizer, data, compute)
+    _prove_sequences(plan, trainer, compute, reporter)
     training = _run_training(plan, trainer, reporter)
+    release_reference(trainer)
 
     if trainer.ema:
         trainer.ema.apply_ema(trainer.model)
     reporter.say(examination.announce("after"))
     after = examination.answer(trainer.model)
-    weights = _save(trainer.model, tokenizer, folder, trainer.ema)
+    weights = _save(trainer.model, tokenizer, folder, trainer.ema, data.report.system_prompt)
     findings = Findings(
         plan=plan,
         compute=compute,
@@ -174,36 +181,60 @@ def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
 
 
 def _build_trainer(plan: Plan, folder: RunFolder, reporter: Reporter, model, tokenizer, data: PreparedData, compute):
-    from forge_cli.backend import sft
+    from forge_cli.backend import methods
+    from forge_cli.build import reference as references
     from forge_cli.build.callbacks import build_ema, build_monitor
 
-    args = sft.build_training_args(
+    reference = references.prepare_reference(plan.spec, compute)
+    args = methods.build_training_args(
         plan.spec,
         output_dir=folder.checkpoints,
         compute_dtype=compute.autocast_dtype,
         device=compute.device,
         has_eval=data.eval is not None,
     )
-    return sft.build_trainer(
+    trainer = methods.build_trainer(
+        plan.spec,
         model=model,
         tokenizer=tokenizer,
         args=args,
-        train_dataset=_pack(plan.spec, data, reporter),
+        train_dataset=data.train,
         eval_dataset=data.eval,
-        monitor=build_monitor(plan.spec, folder.metrics, reporter.record),
+        monitor=build_monitor(plan.spec, folder.metrics, reporter.record, data.name_rows),
         ema=build_ema(plan.spec),
+        ref_model=reference.model if reference else None,
     )
+    if reference:
+        references.install_reference(trainer, plan.spec, reference, compute, reporter.say)
+    return trainer
 
 
-def _pack(spec, data: PreparedData, reporter: Reporter):
-    if not spec.data.packing:
-        return data.train
-    from forge_cli.backend.sft import pack_rows
+def _prove_sequences(plan: Plan, trainer, compute, reporter: Reporter) -> None:
+    """Asks the model whether rows that share a sequence see each other, where rows do share one.
 
-    packed = pack_rows(data.train, spec.data.max_length)
-    filled = data.reports[0].tokens / (len(packed) * spec.data.max_length)
-    reporter.say(f"packing: {len(data.train)} rows in {len(packed)} sequences, {100 * filled:.0f} % filled")
-    return packed
+    Raises:
+        ModelError: They do.
+    """
+    import torch
+
+    from forge_cli.parts.sequence_test import TOLERANCE_16_BIT, TOLERANCE_FLOAT32, measure_leak
+
+    data = plan.spec.data
+    if not (data.packing or data.padding_free):
+        return
+    first = next(one for one in trainer.train_dataset)
+    ids, cuts = first["input_ids"], first.get("seq_lengths") or [len(first["input_ids"])]
+    rows = [ids[: cuts[0]], ids[cuts[0] :][: cuts[1]] if len(cuts) > 1 else ids]
+    leak = measure_leak(trainer.model, rows, trainer.data_collator, compute.autocast_dtype)
+    if leak > (TOLERANCE_FLOAT32 if compute.dtype is torch.float32 else TOLERANCE_16_BIT):
+        attention = trainer.model.config._attn_implementation
+        raise ModelError(
+            f"rows that share a sequence see each other with attention {attention}: log probabilities differ by "
+            f"{leak:.2g} nats from those of a row alone",
+            why="the model would learn to continue one row with another",
+            fix="write data.packing: false and data.padding_free: false, or another model.attn_implementation",
+        )
+    reporter.say(f"rows that share a sequence do not see each other (two rows compared, {leak:.1e} nats)")
 
 
 def _describe_trainable(plan: Plan, trainable, reporter: Reporter) -> None:
@@ -239,13 +270,13 @@ def _estimate_saved_bytes(plan: Plan) -> int:
     return without.total_bytes - with_freeze.total_bytes if with_freeze and without else 0
 
 
-def _save(model, tokenizer, folder: RunFolder, ema) -> Path:
+def _save(model, tokenizer, folder: RunFolder, ema, system_prompt: str | None) -> Path:
     """Saves the weights to use (the averaged ones with EMA on) and keeps the raw ones beside them."""
     from forge_cli.run.artifacts import save_weights
 
     name = "adapter" if hasattr(model, "peft_config") else "model"
-    weights = save_weights(model, tokenizer, folder, name)
+    weights = save_weights(model, tokenizer, folder, name, system_prompt)
     if ema:
         ema.restore_original(model)
-        save_weights(model, tokenizer, folder, f"{name}-raw")
+        save_weights(model, tokenizer, folder, f"{name}-raw", system_prompt)
     return weights

@@ -75,6 +75,7 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
             "train_last": steps[-1]["loss"] if steps else None,
         },
         "exact_match_ratio": {"before": findings.exact_match_before, "after": findings.exact_match_after},
+        "preferences": _gather_rewards(monitor.records),
         "steps": len(steps),
         "training_seconds": round(training.seconds, 2),
         "total_seconds": round(findings.total_seconds, 2),
@@ -86,7 +87,7 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         # Forge's estimate is of GPU memory; beside a CPU's resident memory it would say nothing.
         "estimated_memory_bytes": estimate.total_bytes if on_gpu and estimate else None,
         "alarms": monitor.alarms,
-        "data": findings.data.as_dict(),
+        "data": findings.data.report.as_dict(),
         "trainable": asdict(findings.trainable),
         "samples": _samples(findings.samples, plan.spec.report.samples if plan.spec.report else 0),
         "compute": {
@@ -97,9 +98,47 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         },
         "environment": {"python": platform.python_version(), "system": platform.platform(), **_versions()},
         "plan": {path: {"value": o[-1].value, "from": o[-1].where} for path, o in sorted(plan.history.items()) if o},
-        "method": {"lora": plan.spec.lora is not None, "model": plan.spec.model.name, "ema": plan.spec.ema is not None},
+        "method": {
+            "name": plan.spec.method,
+            "lora": plan.spec.lora is not None,
+            "model": plan.spec.model.name,
+            "ema": plan.spec.ema is not None,
+        },
         "next": _next_command(plan, folder),
     }
+
+
+def _gather_rewards(records: list[dict]) -> list[dict]:
+    """Picks rewards of the first, middle and last logging step and of all evaluations; empty without preferences."""
+    logged = [record for record in records if "rewards/margins" in record]
+    found = [_read_rewards(logged[i], "", "training") for i in sorted({0, len(logged) // 2, len(logged) - 1}) if logged]
+    for record in records:
+        for prefix, of in (("eval_", "held out"), ("eval_ema_", "held out, EMA")):
+            if f"{prefix}rewards/margins" in record:
+                found.append(_read_rewards(record, prefix, of))
+    return found
+
+
+def _read_rewards(record: dict, prefix: str, of: str) -> dict:
+    names = ("chosen", "rejected", "margins", "accuracies")
+    return {"step": record["step"], "of": of} | {name: record.get(f"{prefix}rewards/{name}") for name in names}
+
+
+def _reward_lines(rewards: list[dict]) -> list[str]:
+    """Renders rewards as a table. Before the first update a model that is its own reference has rewards of 0."""
+    if not rewards:
+        return []
+    lines = [
+        "## Preferences",
+        "",
+        "| rows | step | better | worse | margin | better wins |",
+        "|---|---|---|---|---|---|",
+    ]
+    for entry in rewards:
+        figures = ["" if entry[name] is None else f"{entry[name]:.4f}" for name in ("chosen", "rejected", "margins")]
+        share = "" if entry["accuracies"] is None else f"{100 * entry['accuracies']:.1f} %"
+        lines.append("| " + " | ".join([entry["of"], str(entry["step"]), *figures, share]) + " |")
+    return [*lines, ""]
 
 
 def _next_command(plan: Plan, folder: RunFolder) -> str:
@@ -140,11 +179,19 @@ def render_markdown(report: dict) -> str:
         "| split | format | rows read | kept | dropped | cut | tokens | trained tokens | median | longest |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for split in report["data"]:
+    for split in report["data"]["splits"]:
         keys = ("name", "format", "rows_read", "rows_kept", "rows_dropped", "rows_truncated", "tokens")
-        cells = [split[key] for key in (*keys, "trained_tokens", "median_tokens", "longest_tokens")]
+        cells = [*(split[key] for key in (*keys, "trained_tokens")), split["percentiles"].get("50", 0)]
+        cells.append(split["longest_tokens"])
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "## Alarms", "", *([f"- step {a['step']}: {a['message']}" for a in report["alarms"]] or ["none"]), ""]
+    lines += [
+        "",
+        *_reward_lines(report["preferences"]),
+        "## Alarms",
+        "",
+        *([f"- step {a['step']}: {a['message']}" for a in report["alarms"]] or ["none"]),
+        "",
+    ]
     if report["samples"]:
         lines += ["## Answers before and after", ""]
     for sample in report["samples"]:
@@ -168,17 +215,23 @@ def _freeze_lines(freeze: dict | None) -> list[str]:
 def _usage_lines(report: dict) -> list[str]:
     """Shows how to load the result with the plain libraries."""
     lora, model = report["method"]["lora"], report["method"]["model"]
+    kind, extra = "CausalLM", ""
+    if report["method"]["name"] == "reward":
+        kind, extra = "SequenceClassification", ", num_labels=1"
     load = [
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelFor{kind}, AutoTokenizer",
         f'tokenizer = AutoTokenizer.from_pretrained("{report["weights"]}")',
     ]
     if lora:
-        load.insert(0, "from peft import AutoPeftModelForCausalLM")
+        load.insert(0, f"from peft import AutoPeftModelFor{kind}")
         load.pop(1)
         load.insert(1, "from transformers import AutoTokenizer")
-        load.append(f'model = AutoPeftModelForCausalLM.from_pretrained("{report["weights"]}")  # base: {model}')
+        place = f'"{report["weights"]}"{extra}'
+        load.append(f"model = AutoPeftModelFor{kind}.from_pretrained({place})  # base: {model}")
     else:
-        load.append(f'model = AutoModelForCausalLM.from_pretrained("{report["weights"]}")')
+        load.append(f'model = AutoModelFor{kind}.from_pretrained("{report["weights"]}"{extra})')
+    if extra:
+        load.append("model.config.pad_token_id = tokenizer.pad_token_id  # the score is taken at the last other token")
     kept = [f"`{report['weights']}` holds the EMA weights, `{report['weights']}-raw` the raw ones.", ""]
     return ["## Use it", "", *(kept if report["method"]["ema"] else []), "```python", *load, "```", ""]
 

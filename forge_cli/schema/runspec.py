@@ -10,6 +10,7 @@ from forge_cli.schema.adapter import FreezeSection, LoraSection
 from forge_cli.schema.averaging import EmaSection, MonitorSection
 from forge_cli.schema.data import DataSection
 from forge_cli.schema.model import ModelSection, QuantizationSection
+from forge_cli.schema.preference import PreferenceSection
 from forge_cli.schema.section import Section
 from forge_cli.schema.training import (
     CheckpointSection,
@@ -33,11 +34,14 @@ class RunSpec(Section):
     )
     output_dir: str = Field(default="runs", min_length=1, description="Folder that holds the run folders.")
     seed: int = Field(default=42, ge=0, le=2**32 - 1, description="Seed of weights, row order and dropout.")
-    method: Literal["sft"] = Field(default="sft", description="Training method.")
+    method: Literal["sft", "dpo", "kto", "orpo", "cpo", "reward"] = Field(default="sft", description="Training method.")
     model: ModelSection
     quantization: QuantizationSection | None = Field(default=None, description="Quantised frozen weights.")
     data: DataSection
     lora: LoraSection | None = Field(default=None, description="LoRA adapters; null trains the whole model.")
+    preference: PreferenceSection = Field(
+        default_factory=PreferenceSection, description="Settings of the methods that learn from preferences."
+    )
     freeze: FreezeSection | None = Field(default=None, description="Layers that stay frozen.")
     ema: EmaSection | None = Field(default=None, description="Moving average of the trained weights.")
     monitor: MonitorSection | None = Field(default_factory=MonitorSection, description="Gradient norms and alarms.")
