@@ -35,16 +35,25 @@ def _read_turn(turn: object, number: int) -> dict[str, object]:
         raise RowError(f"turn {number} is not a mapping with role and content")
     if "role" not in turn and "from" in turn:
         speaker = turn["from"]
-        if speaker not in _SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in _SPEAKERS:
             raise RowError(f"turn {number} is from {speaker!r}; known are {', '.join(_SPEAKERS)}")
         rest = {key: one for key, one in turn.items() if key not in ("from", "value")}
         turn = {"role": _SPEAKERS[speaker], "content": turn.get("value"), **rest}
-    content = turn.get("content")
+    calls = turn.get("tool_calls")
+    if calls and not isinstance(calls, list):
+        raise RowError(f"turn {number} has tool_calls that are not a list")
+    if calls and "content" not in turn:
+        turn = {**turn, "content": ""}
+    if turn.get("role") is None or "content" not in turn:
+        raise RowError(f"turn {number} is not a mapping with role and content")
+    content = turn["content"]
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
             raise RowError(f"turn {number} has content that is not text")
         turn = {**turn, "content": "".join(parts)}
+    elif content is not None and not isinstance(content, str):
+        raise RowError(f"turn {number} has content that is not text")
     return turn if isinstance(turn, dict) else dict(turn)
 
 
@@ -58,12 +67,8 @@ def split_pair(chosen: Turns, rejected: Turns, prompt: object) -> tuple[Turns, T
     before = chosen[:shared]
     if not before:
         raise RowError("chosen and rejected do not answer the same prompt")
-    asked = next((turn["content"] for turn in before if turn["role"] == "user"), None)
-    if (
-        isinstance(prompt, str)
-        and asked is not None
-        and prompt.strip() not in (asked.strip(), before[-1]["content"].strip())
-    ):
+    asked = [turn for turn in before if turn["role"] == "user"][:1] + before[-1:]
+    if isinstance(prompt, str) and prompt.strip() not in [str(turn["content"] or "").strip() for turn in asked]:
         raise RowError("the prompt is not what chosen and rejected begin with")
     return before, chosen[shared:], rejected[shared:]
 

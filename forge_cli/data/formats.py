@@ -87,6 +87,20 @@ def rename_columns(row: Mapping[str, object], columns: Mapping[str, str]) -> dic
     return renamed | {ours: row[theirs] for ours, theirs in columns.items()}
 
 
+def drop_nulls(value: object) -> object:
+    """Takes out the nulls of mappings inside a column.
+
+    Columns have one shape for all rows: what a turn, a tool or a call of another row has comes as null, and a template
+    would write it down.
+    """
+    if isinstance(value, dict):
+        kept = "content" if "role" in value else None  # a turn has one, be it null
+        return {key: drop_nulls(one) for key, one in value.items() if one is not None or key == kept}
+    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        return [drop_nulls(one) for one in value]
+    return value
+
+
 def suggest_columns(columns: Sequence[str], kinds: Sequence[str]) -> str:
     """Says what to write for columns that are of no format."""
     for kind in kinds:
@@ -186,7 +200,8 @@ def _read_tokens(row: Mapping[str, object], has_template: bool) -> Example:
     wrong = next((i for i, (one, label) in enumerate(zip(ids, labels, strict=True)) if label not in (one, -100)), None)
     if wrong is not None:
         raise RowError(f"label {labels[wrong]} at token {wrong} is neither its id {ids[wrong]} nor -100")
-    if 0 in (row.get("attention_mask") or ()):
+    mask = row.get("attention_mask")
+    if mask is not None and (not isinstance(mask, list) or any(one != 1 for one in mask)):
         raise RowError("attention_mask hides tokens: padding has no place in a row")
     return Example("", (ids, labels))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from forge_cli.data.report import SplitReport
@@ -31,23 +32,24 @@ def judge_split(report: SplitReport, data: DataSection, tokenizer, target: Token
     lost = report.rows_dropped + report.rows_truncated + report.rows_split
     if lost and (data.on_overlong == "error" or (data.on_overlong == "split" and report.rows_dropped)):
         _refuse_overlong(report, data, lost)
-    judged = report.rows_dropped + report.rows_truncated + report.rows_split + report.rows_kept
     if not report.rows_kept:
         raise DataError(
-            f"no row is left for {report.name}: no answer fits into data.max_length {data.max_length}",
+            f"no row is left for {report.name}: of {report.rows_read} that were read, {report.rows_bad} are bad, "
+            f"{report.rows_unused} are left out or held back, and of {report.rows_dropped} no answer fits into "
+            f"data.max_length {data.max_length}",
             where=report.name,
             why=f"{report.rows_dropped} rows are longer; the longest has {report.longest_tokens} tokens",
-            fix=f"raise data.max_length, to {report.longest_tokens} to keep all",
+            fix=f"raise data.max_length to {report.longest_tokens}" if report.rows_dropped else "mend the bad rows",
         )
-    if report.rows_lost > data.max_lost_ratio * judged:
-        share = 100 * report.rows_lost / judged
+    if report.rows_lost / report.rows_used > data.max_lost_ratio:
+        share = 100 * report.rows_lost / report.rows_used
         raise DataError(
-            f"{report.rows_lost} of {judged} rows lose all or part of their answer at data.max_length "
+            f"{report.rows_lost} of {report.rows_used} rows lose all or part of their answer at data.max_length "
             f"{data.max_length} ({share:.1f} %, {_list_places(report)})\n{render_histogram(report)}",
             where=report.name,
             why="what is cut is never learned, and an answer that is cut has no end",
             fix=f"raise data.max_length ({report.longest_tokens} keeps all), or allow it with data.max_lost_ratio: "
-            f"{_round_up(share / 100):g}",
+            f"{math.ceil(share) / 100:g}",
         )
     if not report.trained_tokens:
         raise DataError(
@@ -56,7 +58,7 @@ def judge_split(report: SplitReport, data: DataSection, tokenizer, target: Token
             why="all labels are masked, so nothing would be learned",
             fix="look at rows with `forge data preview`",
         )
-    whole = report.rows_kept - report.rows_truncated
+    whole = report.rows_used - report.rows_dropped - report.rows_truncated
     if whole > 0 and report.rows_without_end >= whole and report.format == "tokens":
         raise DataError(
             "no row trains an end token; the first one reads\n" + _show_first(report, tokenizer, target),
@@ -67,7 +69,6 @@ def judge_split(report: SplitReport, data: DataSection, tokenizer, target: Token
 
 
 def _refuse_overlong(report: SplitReport, data: DataSection, lost: int) -> None:
-    total = report.rows_dropped + report.rows_kept
     if data.on_overlong == "split":
         raise DataError(
             f"{report.rows_dropped} rows ({report.format}) are longer than data.max_length {data.max_length} and "
@@ -78,7 +79,7 @@ def _refuse_overlong(report: SplitReport, data: DataSection, lost: int) -> None:
             f"{report.longest_tokens}",
         )
     raise DataError(
-        f"{lost} of {total} rows are longer than data.max_length {data.max_length}; "
+        f"{lost} of {report.rows_used} rows are longer than data.max_length {data.max_length}; "
         f"the longest has {report.longest_tokens} tokens ({_list_places(report)})",
         where=report.name,
         why="cutting or dropping them unasked would change what is learned",
@@ -89,13 +90,6 @@ def _refuse_overlong(report: SplitReport, data: DataSection, lost: int) -> None:
 def _list_places(report: SplitReport) -> str:
     count = report.rows_dropped + report.rows_truncated + report.rows_split
     return ", ".join(report.overlong_places[:SHOWN_PLACES]) + (", ..." if count > SHOWN_PLACES else "")
-
-
-def _round_up(ratio: float) -> float:
-    """Rounds a ratio up to two digits that a person would write."""
-    import math
-
-    return math.ceil(ratio * 100) / 100
 
 
 def render_histogram(report: SplitReport) -> str:

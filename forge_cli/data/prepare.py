@@ -15,10 +15,9 @@ from forge_cli.data.packing import count_sequences, count_steps
 from forge_cli.data.reading import DataFile, find_files, fingerprint_file
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport, find_in_both
 from forge_cli.data.row_tokens import Limits, Question
-from forge_cli.data.scan import Place, Scan, find_place, read_again, scan_rows
+from forge_cli.data.scan import Place, Scan, explain_change, find_place, read_again, scan_rows
 from forge_cli.data.store import TokenFolder, find_tokens, load_questions
 from forge_cli.data.tokenizing import tokenize_rows
-from forge_cli.errors import DataError
 from forge_cli.parts.rendering import Renderer
 from forge_cli.schema.data import list_sources
 from forge_cli.schema.runspec import RunSpec
@@ -74,7 +73,7 @@ def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> To
         size = sum(file.path.stat().st_size for file, _ in files if file.path)
         with TokenFolder(fingerprint, size) as target:
             report, questions, places = _make_tokens(spec, tokenizer, target, say, began)
-            _check_unchanged(files, prints)
+            _check_unchanged(spec, files, prints)
             folder = target.commit({**report.as_dict(), "places": places}, questions)
     else:
         report = DataReport.from_dict({k: v for k, v in manifest["report"].items() if k != "places"})
@@ -116,13 +115,13 @@ def _fingerprint(spec: RunSpec, tokenizer, prints: dict) -> str:
     return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
-def _check_unchanged(files: list[tuple[DataFile, str]], prints: dict) -> None:
-    """Refuses tokens of a file that somebody wrote to meanwhile."""
+def _check_unchanged(spec: RunSpec, files: list[tuple[DataFile, str]], prints: dict) -> None:
+    """Refuses tokens of a file that somebody wrote to meanwhile, or that was not there before."""
+    if new := {*_list_files(spec)} - {*files}:
+        raise explain_change(min(new)[0].name)
     for file, split in files:
         if fingerprint_file(file, split) != prints[file.name, split]:
-            raise DataError(
-                "the file changed while it was read", where=file.name, fix="run again when nothing writes to it"
-            )
+            raise explain_change(file.name)
 
 
 def _make_tokens(
@@ -137,8 +136,9 @@ def _make_tokens(
     renderer = Renderer(tokenizer)
     counters: dict[str, SplitCounter] = {}
     questions: list[Question] = []
-    for scan in scans:
-        copies = choose_rows(scan, spec.data, spec.seed) if scan.name == "train" else None
+    choices = [choose_rows(scan, spec.data, spec.seed) for scan in scans]
+    target.num_rows = sum(count > 0 for copies in choices for count in copies)
+    for scan, copies in zip(scans, choices, strict=True):
         _tokenize_scan(spec, scan, copies, renderer, target, counters, questions, say)
     for counter in counters.values():
         counter.finish()
@@ -146,7 +146,8 @@ def _make_tokens(
         scan.bad.settle(scan.num_rows)
     for counter in counters.values():
         judge_split(counter.report, spec.data, tokenizer, target)
-    report = DataReport([one.report for one in counters.values()], unused_columns=scans[0].unused)
+    unused = sorted({column for scan in scans for column in scan.unused})
+    report = DataReport([one.report for one in counters.values()], unused_columns=unused)
     report.fingerprint = target.fingerprint
     report.scanned_bytes, report.scan_seconds = target.input_bytes, round(scan_seconds, 3)
     report.tokenize_seconds = round(time.perf_counter() - began - scan_seconds, 3)
@@ -176,16 +177,15 @@ def _tokenize_scan(
     limits = Limits(scan.kind, data.train_on, data.max_length, data.on_overlong)
     shares: dict[int, int] = {}  # of the rows under way, by number
     total = sum(scan.counts)
-    splits = [scan.name] + (["eval"] if copies is not None and HELD_BACK in copies else [])
+    splits = [scan.name] + (["eval"] if HELD_BACK in copies else [])
     for name in splits:
         counters[name] = SplitCounter(SplitReport(name, scan.kind, scan.num_rows), scan.describe)
+    counters[scan.name].report.rows_bad = scan.bad.count
     writers = {name: target.open_split(name) for name in splits}
 
     def choose() -> Iterator[tuple[int, dict, bool]]:
         for place, (_, number, values) in enumerate(read_again(scan)):
-            count = 1 if copies is None else copies[place]
-            target.progress_ratio = (place + 1) / total
-            if count:
+            if count := copies[place]:
                 shares[number] = count
                 yield number, values, count == HELD_BACK or scan.name == "eval"
 
@@ -197,24 +197,26 @@ def _tokenize_scan(
         if time.perf_counter() - said > _SAY_EVERY_SECONDS:
             said = time.perf_counter()
             say(f"tokenised {done} of {total} rows ({100 * done / total:.0f} %)")
+        name, count = ("eval", 1) if count == HELD_BACK else (scan.name, count)
         if outcome.status == "bad":
             scan.refuse(outcome.number, outcome.what)
+            counters[name].report.rows_bad += 1
             continue
-        name, count = ("eval", 1) if count == HELD_BACK else (scan.name, count)
         counters[name].add(outcome, count)
         for columns in outcome.columns:
             writers[name].add(columns, outcome.number, count)
+        target.rows_done += 1
         if outcome.question:
             questions.append(outcome.question)
     _count_rows(scan, copies, counters, splits)
 
 
 def _count_rows(scan: Scan, copies, counters: dict[str, SplitCounter], splits: list[str]) -> None:
-    """Accounts for every row that was read: what was not tokenised is bad, or left out on purpose."""
-    held = sum(one == HELD_BACK for one in copies) if copies is not None else 0
-    left_out = sum(one == 0 for one in copies) if copies is not None else 0
+    """Accounts for the rows that were not tokenised: they are left out on purpose."""
+    held = copies.count(HELD_BACK)
+    left_out = copies.count(0)
     report = counters[scan.name].report
-    report.rows_bad, report.rows_unused = scan.bad.count, left_out + held
+    report.rows_unused = left_out + held
     if len(splits) > 1:
         counters["eval"].report.rows_read = held
 

@@ -110,6 +110,8 @@ def _stretch(ids: list[int], trained: list[bool], tokenizer) -> Iterator[Stretch
     for stop in [*borders, len(ids)]:
         # Decoded from the beginning, as some tokenizers drop the space of a first token.
         text = tokenizer.decode(ids[:stop], clean_up_tokenization_spaces=False)
+        if stop < len(ids):
+            text = text.rstrip("\ufffd")  # a character that the border cuts stands behind it
         yield Stretch(text[len(before) :], trained[start], ids[start] in special, ids[start:stop])
         start, before = stop, text
 

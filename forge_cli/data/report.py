@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from forge_cli.data.row_tokens import Outcome
+from forge_cli.data.row_tokens import Columns, Outcome
 
 LISTED_PLACES = 20
 PERCENTILES = (5, 25, 50, 75, 95, 99)
@@ -24,6 +24,7 @@ class SplitReport:
         rows_read: Rows in the files, bad ones included.
         rows_bad: Rows that could not be read or rendered, and were skipped.
         rows_unused: Rows that a cap or a weight left out, or that the other split took.
+        rows_used: Rows that were tokenised, each counted once: those that were kept and those that were too long.
         rows_kept: Rows that are trained, repeats included.
         rows_dropped: Rows that were too long.
         rows_truncated: Rows that were cut.
@@ -47,6 +48,7 @@ class SplitReport:
     rows_read: int
     rows_bad: int = 0
     rows_unused: int = 0
+    rows_used: int = 0
     rows_kept: int = 0
     rows_dropped: int = 0
     rows_truncated: int = 0
@@ -146,6 +148,7 @@ class SplitCounter:
     def add(self, outcome: Outcome, copies: int) -> None:
         """Counts one row that is trained so many times an epoch."""
         report = self.report
+        report.rows_used += 1
         report.longest_tokens = max(report.longest_tokens, outcome.length)
         report.rows_escaped += outcome.escaped > 0
         report.rows_lost += outcome.is_lost
@@ -163,7 +166,7 @@ class SplitCounter:
             ids = [value for name, value in columns.items() if name.endswith("_ids")]
             length = count_tokens(columns)
             report.rows_kept += copies
-            report.tokens += length * copies
+            report.tokens += _count_all(columns) * copies
             self.lengths.extend([length] * copies)
         digest = hashlib.blake2b(digest_size=8)
         for columns in outcome.columns:
@@ -192,6 +195,12 @@ class SplitCounter:
             first, second = np.nonzero(digests == digest)[0][:2]
             pair = [self.describe(self.numbers[second]), self.describe(self.numbers[first])]
             self.report.duplicate_places.append(pair)
+
+
+def _count_all(columns: Columns) -> int:
+    """Counts the tokens that a model reads of a row: of a pair, the prompt twice."""
+    sizes = {name: len(value) for name, value in columns.items() if name.endswith("_ids")}
+    return sum(sizes.values()) + sizes.get("prompt_ids", 0) * (len(sizes) - 2 if "prompt_ids" in sizes else 0)
 
 
 def count_tokens(columns: dict[str, object]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from forge_cli.data.judging import render_histogram
 from forge_cli.data.report import DataReport, SplitReport
+from forge_cli.resolve.wording import printable
 from forge_cli.units import format_bytes
 
 # What a row of the table says, and whether it is left out when it is 0 everywhere.
@@ -41,7 +42,8 @@ def render_report(report: DataReport, *, with_histogram: bool = False) -> str:
     """
     rows = [("", *(split.name for split in report.splits))]
     for label, read, is_optional in _LINES:
-        values = [read(split) for split in report.splits]
+        # A stream is tokenised while training: until then only its rows are known.
+        values = [read(one) if one.tokens or label in ("format", "rows read") else "later" for one in report.splits]
         if not is_optional or any(values):
             rows.append((label, *(f"{value:,}" if isinstance(value, int) else str(value) for value in values)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -88,7 +90,7 @@ def list_notes(report: DataReport) -> list[str]:
         notes.append(f"note: {report.rows_in_both} evaluation rows are trained on as well ({pairs})")
     if report.unused_columns:
         notes.append(f"note: columns that nothing reads: {', '.join(report.unused_columns)}")
-    return notes
+    return [printable(note) for note in notes]
 
 
 def _describe_origin(report: DataReport) -> str:

@@ -88,7 +88,11 @@ class RowTokenizer:
         tokenizer = renderer.tokenizer
         self.has_template = bool(tokenizer.chat_template)
         self.num_ids = len(tokenizer)
-        self.ends = {renderer.find_end_token(), tokenizer.eos_token_id} - {None}
+        try:
+            end = renderer.find_end_token()
+        except RowError:  # a template may refuse this question and take others; every row says so itself
+            end = None
+        self.ends = {end, tokenizer.eos_token_id} - {None}
 
     def tokenize(self, rows: Sequence[tuple[int, Mapping[str, object], bool]]) -> list[Outcome]:
         """Tokenises rows, given as number, columns, and whether a question is wanted."""
@@ -179,6 +183,8 @@ class RowTokenizer:
         if not shared:
             raise RowError("there is no prompt, and the tokenizer writes no begin token: nothing asks for the answers")
         answers = [_cut_end(one)[shared:] for one in (chosen, rejected)]
+        if answers[0] == answers[1]:
+            raise RowError("chosen and rejected are the same tokens, so there is nothing to prefer")
         return self._fit_answers(number, chosen.input_ids[:shared], ["chosen_ids", "rejected_ids"], answers, {})
 
     def _measure_answer(self, number: int, row: Tokens, label: bool) -> Outcome:
@@ -220,7 +226,10 @@ class RowTokenizer:
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
         if not last or not turns[last].get("content"):
             return None
-        prompt = self.renderer.encode_prompt(turns[:last], example.tools, example.options)
+        try:
+            prompt = self.renderer.encode_prompt(turns[:last], example.tools, example.options)
+        except RowError:  # a template may write what it does not ask for, such as a second answer in a row
+            return None
         return Question(prompt, str(turns[last - 1]["content"]), str(turns[last]["content"]).strip())
 
 

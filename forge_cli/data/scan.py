@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from forge_cli.data.formats import (
     COLUMNS,
+    drop_nulls,
     find_kind,
     find_system,
     list_unused,
@@ -22,9 +23,12 @@ from forge_cli.data.read_row import BadRow, DataFile, Row, describe_place
 from forge_cli.data.reading import find_files, read_file
 from forge_cli.errors import DataError, Problem
 from forge_cli.parts.turns import RowError
+from forge_cli.resolve.wording import printable
 from forge_cli.schema.data import DataSection, Source
 
 LISTED_ROWS = 20
+# Kinds of file whose columns have one shape for all rows.
+COLUMN_KINDS = frozenset({"parquet", "arrow", "hub"})
 
 
 class BadRows:
@@ -43,7 +47,7 @@ class BadRows:
         """Notes a row."""
         self.count += 1
         if len(self.problems) < LISTED_ROWS:
-            self.problems.append(Problem(place, "", what, "", fix))
+            self.problems.append(Problem(printable(place), "", printable(what), "", fix))
 
     def settle(self, num_rows: int) -> None:
         """Ends the run if there are more bad rows than the run file allows.
@@ -51,8 +55,8 @@ class BadRows:
         Raises:
             DataError: Lists the first bad rows.
         """
-        allowed = int(self.data.max_bad_ratio * num_rows) if self.data.on_bad_row == "skip" else 0
-        if self.count <= allowed:
+        allowed = self.data.max_bad_ratio if self.data.on_bad_row == "skip" else 0
+        if not self.count or self.count / num_rows <= allowed:
             return
         problems, more = list(self.problems), self.count - len(self.problems)
         if more > 0:
@@ -161,9 +165,10 @@ def scan_rows(name: str, sources: Sequence[Source], data: DataSection, method: s
             scan.systems.add(find_system(example))
     _judge_kinds(scan, kinds, method)
     scan.bad.settle(scan.num_rows)
-    if not sum(scan.counts):
-        names = ", ".join(source.path for source in sources)
-        raise DataError("there are no rows", where=names, why=f"{scan.num_rows} rows were read, none can be used")
+    if empty := [source.path for source, count in zip(sources, scan.counts, strict=True) if not count]:
+        whole = len(empty) == len(sources)
+        why = f"{scan.num_rows} rows were read, none can be used" if whole else "the others alone are another mixture"
+        raise DataError("there are no rows", where=", ".join(empty), why=why)
     unused = Counter(column for columns in shapes for column in list_unused(scan.kind, columns))
     scan.unused = sorted(unused)
     return scan
@@ -215,25 +220,50 @@ def _read_all(scan: Scan) -> Iterator[tuple[int, int, dict[str, object] | BadRow
             for row in read_file(file, source.split):
                 scan.num_rows += 1
                 last = row.number
-                yield index, base + last, _name_columns(row, source)
+                yield index, base + last, _name_columns(row, source, file)
             base += last
 
 
 def read_again(scan: Scan) -> Iterator[tuple[int, int, dict[str, object]]]:
-    """Yields source, number and columns of every good row, as the first pass did."""
-    bases = iter(scan.places)
+    """Yields source, number and columns of every good row, as the first pass did.
+
+    Raises:
+        DataError: Somebody wrote to a file meanwhile: there are other rows than the first pass read.
+    """
+    places, total = iter(scan.places), sum(scan.counts)
+    num_rows = num_good = 0
     for index, source in enumerate(scan.sources):
         for file in find_files(source.path):
-            base = next(bases).base
+            base, known = next(places, (0, None))
+            if file != known:
+                raise explain_change(source.path)
             for row in read_file(file, source.split):
-                if base + row.number not in scan.skipped:
-                    yield index, base + row.number, _name_columns(row, source)
+                num_rows += 1
+                if base + row.number in scan.skipped:
+                    continue
+                num_good += 1
+                values = _name_columns(row, source, file)
+                is_known = not isinstance(values, BadRow) and all(one in values for one in COLUMNS[scan.kind])
+                if not is_known or num_rows > scan.num_rows or num_good > total:
+                    raise explain_change(file.name)
+                yield index, base + row.number, values
+    if num_rows < scan.num_rows or next(places, None):
+        raise explain_change(", ".join(source.path for source in scan.sources))
 
 
-def _name_columns(row: Row | BadRow, source: Source) -> dict[str, object] | BadRow:
-    if isinstance(row, BadRow) or not source.columns:
-        return row if isinstance(row, BadRow) else row.values
+def explain_change(name: str) -> DataError:
+    """Builds the error for rows that changed between two passes."""
+    what = "the file changed while it was read"
+    return DataError(what, where=name, fix="run again when nothing writes to it")
+
+
+def _name_columns(row: Row | BadRow, source: Source, file: DataFile) -> dict[str, object] | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    values = row.values
+    if file.kind in COLUMN_KINDS:
+        values = {name: drop_nulls(one) for name, one in values.items()}
     try:
-        return rename_columns(row.values, source.columns)
+        return rename_columns(values, source.columns) if source.columns else values
     except RowError as error:
         return BadRow(row.number, 0, str(error), "")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from forge_cli.units import format_bytes
 
 MANIFEST = "manifest.json"
 _BATCH_ROWS = 1000
+# Of a row, besides its tokens: its number, its length, and where its lists begin.
+_NUMBERS_BYTES = 24
 
 
 def cache_root() -> Path:
@@ -35,6 +38,7 @@ class SplitWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.size_bytes = 0
         self._rows: list[Columns] = []
         self._writer = None
         self._file = None
@@ -42,6 +46,8 @@ class SplitWriter:
     def add(self, columns: Columns, number: int, copies: int) -> None:
         """Adds a row, so many times."""
         row = {**columns, "row": number, "length": count_tokens(columns)}
+        tokens = [one for one in columns.values() if isinstance(one, array)]
+        self.size_bytes += copies * (_NUMBERS_BYTES + sum(one.itemsize * len(one) for one in tokens))
         self._rows.extend([row] * copies)
         if len(self._rows) >= _BATCH_ROWS:
             self._flush()
@@ -98,7 +104,7 @@ class TokenFolder:
         self.partial = self.path.with_name(f".{fingerprint[:16]}.partial-{os.getpid()}")
         self.fingerprint = fingerprint
         self.input_bytes = input_bytes
-        self.progress_ratio = 0.0
+        self.num_rows = self.rows_done = 0
         self.writers: dict[str, SplitWriter] = {}
 
     def __enter__(self) -> TokenFolder:
@@ -132,7 +138,7 @@ class TokenFolder:
         files = {one.name: _digest(one) for one in sorted(self.partial.iterdir())}
         manifest = {"fingerprint": self.fingerprint, "files": files, "report": report}
         with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=1))
+            file.write(json.dumps({**manifest, "digest": _digest_manifest(manifest)}, indent=1))
             file.flush()
             os.fsync(file.fileno())
         shutil.rmtree(self.path, ignore_errors=True)
@@ -149,11 +155,21 @@ class TokenFolder:
             return MachineError(
                 f"tokens cannot be written: {error.strerror}", where=str(self.path.parent), fix=_ELSEWHERE
             )
-        free = format_bytes(
-            written_bytes + shutil.disk_usage(next(one for one in self.path.parents if one.exists())).free
-        )
-        needed = written_bytes / self.progress_ratio if self.progress_ratio else 0
-        size = f"about {format_bytes(needed)}, and {free} are free" if needed else f"more than the {free} that are free"
+        added_bytes = sum(writer.size_bytes for writer in self.writers.values())
+        needed_bytes = added_bytes * self.num_rows // max(self.rows_done, 1)
+        needed = format_bytes(needed_bytes)
+        if error.errno != errno.ENOSPC:
+            return MachineError(
+                f"the system lets no more tokens be written ({error.strerror}): they need about {needed}, "
+                f"and {format_bytes(written_bytes)} were written",
+                where=str(self.path.parent),
+                fix="raise the quota or `ulimit -f`; or " + _ELSEWHERE,
+            )
+        free_bytes = written_bytes + shutil.disk_usage(next(one for one in self.path.parents if one.exists())).free
+        free = format_bytes(free_bytes)
+        size = f"about {needed}, and {free} are free"
+        if needed_bytes <= free_bytes:
+            size = f"more than the {free} that are free"
         return MachineError(
             f"the disk is full: the tokens need {size}",
             where=str(self.path.parent),
@@ -178,6 +194,8 @@ def find_tokens(fingerprint: str) -> tuple[Path | None, dict, str]:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if manifest["fingerprint"] != fingerprint:
             return None, {}, "they belong to other rows"
+        if manifest.pop("digest") != _digest_manifest(manifest):
+            return None, {}, f"{MANIFEST} is damaged"
         for name, digest in manifest["files"].items():
             if _digest(path / name) != digest:
                 return None, {}, f"{name} is damaged"
@@ -189,6 +207,10 @@ def find_tokens(fingerprint: str) -> tuple[Path | None, dict, str]:
 def load_questions(path: Path) -> list:
     """Loads the questions of a folder of tokens."""
     return json.loads((path / "questions.json").read_text(encoding="utf-8"))
+
+
+def _digest_manifest(manifest: Mapping[str, object]) -> str:
+    return hashlib.blake2b(json.dumps(manifest).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
