@@ -9,7 +9,7 @@ from datasets import Dataset, IterableDataset
 
 from forge_cli.data.packing import pack_lengths
 from forge_cli.data.prepare import Say, TokenSet, prepare_tokens
-from forge_cli.data.report import DataReport, SplitReport
+from forge_cli.data.report import DataReport, SplitCounter, SplitReport
 from forge_cli.data.row_tokens import Limits, Question, RowTokenizer
 from forge_cli.data.scan import Place, Scan, find_place, read_again, scan_rows
 from forge_cli.errors import DataError
@@ -105,29 +105,38 @@ def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
         tokens.report.splits[0].name = "eval"
         report.splits.append(tokens.report.splits[0])
     limits = Limits(scan.kind, data.train_on, data.max_length, data.on_overlong)
-    stream = IterableDataset.from_generator(
-        _generate_rows, gen_kwargs={"scan": scan, "make": lambda: RowTokenizer(Renderer(tokenizer), limits)}
-    )
+    rows = {"scan": scan, "report": report.splits[0], "make": lambda: RowTokenizer(Renderer(tokenizer), limits)}
+    stream = IterableDataset.from_generator(_generate_rows, gen_kwargs=rows)
     return PreparedData(stream, held_back, questions, report, scan.places)
 
 
-def _generate_rows(scan: Scan, make: Callable[[], RowTokenizer]) -> Iterator[dict[str, object]]:
-    """Yields rows, epoch after epoch; a row that cannot be used ends the run unless bad rows may be skipped."""
+def _generate_rows(scan: Scan, report: SplitReport, make: Callable[[], RowTokenizer]) -> Iterator[dict[str, object]]:
+    """Yields rows, epoch after epoch, and counts what becomes of them; what would end a run before, ends it here."""
     tokenizer = make()
     limits = tokenizer.limits
-    while True:
+    counter = SplitCounter(report, scan.describe)
+    is_first = True
+    while is_first or report.rows_kept:
         for _, number, values in read_again(scan):
             (outcome,) = tokenizer.tokenize([(number, values, False)])
             if outcome.status == "bad":
                 scan.refuse(number, outcome.what)
                 scan.bad.settle(scan.num_rows)
-            elif outcome.status == "dropped" and limits.on_overlong == "error":
+                report.rows_bad += 1
+            elif outcome.status == "dropped" and limits.on_overlong not in ("drop", "truncate"):
                 raise DataError(
                     f"the row has {outcome.length} tokens, more than data.max_length {limits.max_length}",
                     where=scan.describe(number),
                     fix="raise data.max_length, or set data.on_overlong: drop or truncate",
                 )
+            elif is_first:
+                counter.add(outcome, 1)
             for columns in outcome.columns:
-                yield {name: list(one) if name.endswith("s") else one for name, one in columns.items()} | {
-                    "row": number
-                }
+                named = {name: list(one) if name.endswith("s") else one for name, one in columns.items()}
+                yield {**named, "row": number}
+        is_first = False
+    raise DataError(
+        f"no row is left to train on: none fits into data.max_length {limits.max_length}",
+        where=", ".join(source.path for source in scan.sources),
+        fix="raise data.max_length",
+    )

@@ -152,9 +152,9 @@ def precompute_reference(trainer: PreferenceTrainer, compute: Compute, say: Call
         key = fingerprint_rows(dataset, weights, formats, str(paired), *names)
         columns = find_cached(key, names, len(dataset))
         if columns is None:
+            say(f"computing the reference's log probabilities of {len(dataset)} {split} rows ...")
             columns = trainer.compute_reference(dataset, batch_size)
-            kept = store_cached(key, columns)
-            say(f"reference log probabilities of {len(dataset)} {split} rows computed; {kept}")
+            say(f"reference log probabilities computed, {store_cached(key, columns)}")
         else:
             say(f"reference log probabilities of {len(dataset)} {split} rows taken from an earlier run")
         for name in names:

@@ -55,7 +55,8 @@ def preview(
         raise DataError(
             f"no trained row has the number {', '.join(map(str, row))}",
             where=str(run_file),
-            fix="rows are numbered as in their file; a row that was dropped or left out is not trained",
+            fix="rows are numbered as in their file, and on through the next; a row that was dropped or left out is "
+            "not trained",
         )
     if json:
         print_json([previews.describe_row(*one) for one in rows])

@@ -111,6 +111,9 @@ class TokenFolder:
         try:
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
+            for left in self.partial.parent.glob(".*.partial-*"):
+                if not _is_running(int(left.name.rpartition("-")[2])):
+                    shutil.rmtree(left, ignore_errors=True)
         except OSError as error:
             raise self._explain(error) from error
         return self
@@ -176,6 +179,19 @@ class TokenFolder:
             why="the tokens of all rows are kept on disk, so that memory does not have to hold them",
             fix=_ELSEWHERE + ", or write data.streaming: true",
         )
+
+
+def _is_running(pid: int) -> bool:
+    """Tells whether the process that writes a folder is there; a killed one leaves it behind."""
+    if os.name == "nt":
+        return True  # there, the signal 0 is Ctrl-C
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 _ELSEWHERE = "set FORGE_CACHE to a folder on another disk"

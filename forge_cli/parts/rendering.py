@@ -6,6 +6,7 @@ what is trained. The text of a special token inside a row is encoded as text, ne
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -113,9 +114,9 @@ class Renderer:
     def find_end_token(self) -> int | None:
         """Returns the token that ends an answer: the chat template's, which need not be the tokenizer's."""
         if self.tokenizer.chat_template:
-            end = self._finder.find_end(self._apply_template)
-            if end is not None:
-                return self.tokenizer.convert_tokens_to_ids(end)
+            with contextlib.suppress(RowError):  # some refuse so short a conversation
+                if end := self._finder.find_end(self._apply_template):
+                    return self.tokenizer.convert_tokens_to_ids(end)
         return self.tokenizer.eos_token_id
 
     def tokenize(self, rows: Sequence[RenderedRow]) -> Iterator[Tokens]:

@@ -124,6 +124,8 @@ class TurnFinder:
         find_tail: Callable[[int], str],
     ) -> Span:
         own = [index for index, piece in enumerate(pieces) if piece.turn == turn]
+        if not own:
+            raise RowError(f"turn {turn + 1} is an answer without a text of its own, only marks such as <think>")
         first, last = own[0], own[-1]
         if any(p.turn >= turn for p in pieces[:first]) or any(p.turn <= turn for p in pieces[last + 1 :]):
             raise RowError(

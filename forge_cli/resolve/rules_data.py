@@ -72,6 +72,9 @@ def check_sequences(scene: Scene) -> Iterator[Clash]:
     for path in ("data.packing", "data.eval_fraction", "data.eval_rows"):
         if getattr(data, path.rpartition(".")[2]):
             yield Clash((path, "data.streaming"), f"{path} needs all rows before training", "write streaming: false")
+    if any(one.rows is not None or one.weight != 1 for one in list_sources(data.train)):
+        what = "rows and weight of a source are drawn from all rows, before training"
+        yield Clash(("data.train", "data.streaming"), what, "write streaming: false")
     if training.train_sampling_strategy != "random":
         what = "streamed rows come in the order of the file"
         yield Clash(("training.train_sampling_strategy", "data.streaming"), what, "remove the line")

@@ -127,7 +127,8 @@ def _answer_batch(model, tokenizer, prompts: list[list[int]], max_new_tokens: in
 
 def find_end_tokens(model, tokenizer) -> list[int]:
     """Collects the end tokens of the tokenizer, its chat template and the model's generation settings."""
-    ids = getattr(model.generation_config, "eos_token_id", None)
+    # A model that scores answers has no settings for writing them.
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = ids if isinstance(ids, list) else [ids]
     own = [tokenizer.eos_token_id, Renderer(tokenizer).find_end_token()]
     return sorted({i for i in [*ids, *own] if i is not None})

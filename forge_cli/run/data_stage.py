@@ -15,7 +15,8 @@ from forge_cli.data.prepare import Say, TokenSet, prepare_tokens
 from forge_cli.data.scan import read_again, scan_rows
 from forge_cli.errors import DataError, MachineError
 from forge_cli.parts.rendering import Renderer
-from forge_cli.parts.turns import BREAK
+from forge_cli.parts.turn_check import check_turn
+from forge_cli.parts.turns import BREAK, RowError
 from forge_cli.schema.data import list_sources
 from forge_cli.schema.runspec import RunSpec
 
@@ -69,7 +70,7 @@ def compare_with_template(run: Path, tokens: TokenSet, spec: RunSpec) -> dict[st
 
     Raises:
         MachineError: The run saved no weights.
-        DataError: Its rows are no conversations.
+        DataError: Its rows are no conversations, or the saved template refuses one.
     """
     from transformers import AutoTokenizer
 
@@ -89,8 +90,15 @@ def compare_with_template(run: Path, tokens: TokenSet, spec: RunSpec) -> dict[st
         if isinstance(example.prompt, str):
             raise DataError("the rows are no conversations, so no chat template writes them", where=str(run))
         chat = [*example.prompt, *example.answers[0]]
-        row = renderer.render_messages(chat, train_on="all", tools=example.tools, template_options=example.options)
-        plain = [{k: v for k, v in turn.items() if v is not None and k != "weight"} for turn in chat]
+        try:
+            row = renderer.render_messages(chat, train_on="all", tools=example.tools, template_options=example.options)
+        except RowError as error:
+            raise DataError(str(error), where=tokens.name_row("train", number)) from error
+        plain = [
+            {k: v for k, v in turn.items() if (v is not None or k == "content") and k != "weight"} for turn in chat
+        ]
+        for index, turn in enumerate(plain, 1):
+            check_turn(turn, index)  # servers too read a call's arguments before a template writes them
         served = saved.apply_chat_template(plain, tools=example.tools, tokenize=False, **example.options)
         ours = next(renderer.tokenize([row])).input_ids
         result["compared"] += 1

@@ -252,3 +252,59 @@ def test_parity_of_a_run_with_its_saved_template(desk):
     assert done.code == 5 and "no adapter and no model" in done.err
     done = desk.forge("data", "parity", "runs")
     assert done.code == 5 and "no plan.yaml" in done.err
+
+
+TOOL_TEMPLATE = (
+    "{%- if tools %}{{ '<|im_start|>system\\n' + tools | tojson + '<|im_end|>\\n' }}{% endif -%}"
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + (m.content or '') }}"
+    "{%- for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments | tojson }}{% endfor -%}"
+    "{{ '<|im_end|>\\n' }}{% endfor -%}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif -%}"
+)
+
+
+def compare_rows(desk: Desk, rows: list[dict], **settings) -> dict:
+    """Makes the folder that a run of these rows leaves, without the training, and compares."""
+    Path("tools.jinja").write_text(TOOL_TEMPLATE)
+    top = {"model": {"name": "forge-tiny", "chat_template": "tools.jinja"}, **settings.pop("top", {})}
+    assert desk.check(rows, top=top, **settings).code == 0
+    load_tokenizer(resolve_plan(Path("run.yaml")).spec).save_pretrained("runs/x/adapter")
+    shutil.copy("run.yaml", "runs/x/plan.yaml")
+    return desk.forge("data", "parity", "runs/x", "--json").read_json()
+
+
+def test_parity_of_every_kind_of_conversation(desk):
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+    as_text = {"type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    asked, told = CHATS[0]["messages"][0], {"role": "tool", "name": "look", "content": "seen"}
+    calls = [{"role": "assistant", "tool_calls": [one], "content": None} for one in (call, as_text)]
+    del calls[1]["content"]
+    last = {"role": "assistant", "content": "It is.", "weight": 1}
+    rows = [{"messages": [asked, answer, told, last], "tools": tools} for answer in calls]
+    rows.append({"messages": [asked, {**last, "weight": 0}, asked, {**last, "name": None}]})
+    found = compare_rows(desk, rows, max_length=256)
+    assert (found["compared"], found["equal"], found["different"]) == (3, 3, [])
+    found = compare_rows(desk, [{"prompt": one["messages"][:1], "completion": one["messages"][1:]} for one in CHATS])
+    assert (found["compared"], found["equal"]) == (12, 12)
+    template = Path("runs/x/adapter/chat_template.jinja")
+    template.write_text("{{ raise_exception('never') }}")
+    done = desk.forge("data", "parity", "runs/x")
+    assert (done.code, done.err) == (3, "error: rows.jsonl:1: the chat template refuses this conversation: never\n")
+    found = compare_rows(desk, CHAT_PAIRS, top={"method": "dpo"})
+    assert (found["compared"], found["equal"]) == (12, 12)
+
+
+def test_parity_of_what_was_trained_alone(desk):
+    """Repeats are compared once, held back and dropped rows not at all, cut ones up to the cut."""
+    rows = [*CHATS, chat("tell", "word " * 120), {"messages": [{"role": "boss", "content": "a"}]}]
+    settings = {"on_bad_row": "skip", "max_bad_ratio": 0.1, "max_lost_ratio": 0.5, "eval_rows": 3}
+    source = {"path": "rows.jsonl", "weight": 2}
+    found = compare_rows(desk, rows, train=source, on_overlong="truncate", **settings)
+    assert (found["compared"], found["equal"]) == (10, 10)
+    found = compare_rows(desk, rows, train=source, on_overlong="drop", **settings)
+    assert found["compared"] == found["equal"] in (9, 10)
+    done = desk.check([{"prompt": "a", "completion": "b"}])
+    shutil.copy("run.yaml", "runs/x/plan.yaml")
+    done = desk.forge("data", "parity", "runs/x")
+    assert done.code == 3 and "the rows are no conversations" in done.err

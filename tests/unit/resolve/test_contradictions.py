@@ -77,7 +77,13 @@ CLASHES = [
     (MODEL + DATA.replace("}", ", max_lost_ratio: 0.5}"), "2:56 data.max_lost_ratio", ["no effect", "on_overlong"]),
     (HUB + "data: {train: [train.jsonl, {path: x.csv}]}\n", "2:8 data.train", ["no such file: x.csv"]),
     (HUB + "data: {train: {rows: 5}}\n", "2:8 data.train.path", ["is missing"]),
-    (HUB + "data: {train: [{path: org/set, row: 5}]}\n", "2:32 data.train[0].row", ["unknown key", "did you mean rows?"]),
+    (HUB + "data: {train: [{path: org/set, row: 5}]}\n", "2:32 data.train[0].row", ["unknown key", "rows?"]),
+    (
+        MODEL + DATA.replace("train: ", "train: {path: ").replace(", max", ", rows: 5}, streaming: true, max")
+        + "training: {max_steps: 5}\n",
+        "2:8 data.train",
+        ["drawn from all rows"],
+    ),
     (HUB + "data: {train: {path: org/set, weight: -1}}\n", "2:31 data.train.weight", ["more than 0", "-1"]),
     (HUB + 'data: {train: {path: org/set, rows: "5"}}\n', "2:31 data.train.rows", ["whole number", "write rows: 5"]),
     (HUB + "data: {train: {path: org/set, columns: [a]}}\n", "2:31 data.train.columns", ["names with their values"]),
