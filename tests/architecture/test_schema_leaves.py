@@ -37,6 +37,10 @@ BASE: dict[str, object] = {
     "report": {"samples": 1},
 }
 FULL = {"lora": None, "quantization": None}
+DPO = {"method": "dpo", "data.train": "pairs.jsonl", "data.eval": None, "freeze": None}
+KTO, CPO, REWARD = ({**DPO, "method": method} for method in ("kto", "cpo", "reward"))
+# The adapter has to be one of these settings.
+ADAPTER = {"model.adapter": "adapter", "lora.target_modules": ["q_proj"], "freeze": None}
 
 # leaf: (another value, changes of the base it needs)
 VARIANTS: dict[str, tuple[object, dict]] = {
@@ -45,6 +49,7 @@ VARIANTS: dict[str, tuple[object, dict]] = {
     "seed": (7, {}),
     "model.name": ("org/other", {}),
     "model.chat_template": ("other.jinja", {}),
+    "model.adapter": ("adapter", {"lora.target_modules": ["q_proj"], "freeze": None}),
     "model.revision": ("v2", {"model.name": "org/other"}),
     "model.dtype": ("bfloat16", {}),
     "model.attn_implementation": ("eager", {}),
@@ -78,6 +83,17 @@ VARIANTS: dict[str, tuple[object, dict]] = {
     "freeze.first": (4, {}),
     "freeze.embeddings": (False, FULL),
     "freeze.patterns": (["*.layers.7.*"], {}),
+    "preference.loss_type": ("ipo", DPO),
+    "preference.loss_weights": ([1.0, 0.5], {**DPO, "preference.loss_type": ["sigmoid", "ipo"]}),
+    "preference.beta": (0.3, DPO),
+    "preference.label_smoothing": (0.1, DPO),
+    "preference.reference": ("base", {**DPO, **ADAPTER}),
+    "preference.precompute_ref_log_probs": (True, {**DPO, **FULL}),
+    "preference.desirable_weight": (1.5, KTO),
+    "preference.undesirable_weight": (1.5, KTO),
+    "preference.cpo_alpha": (0.5, CPO),
+    "preference.simpo_gamma": (1.0, {**CPO, "preference.loss_type": "simpo"}),
+    "preference.center_rewards_coefficient": (0.01, REWARD),
     "ema.decay": (0.9, {}),
     "ema.decay_warmup": (False, {}),
     "ema.update_after_step": (5, {}),
@@ -146,6 +162,8 @@ def test_every_leaf_has_a_variant():
 def test_a_leaf_changes_what_is_handed_over(leaf, tmp_path, monkeypatch, load_tiny):
     write_rows(tmp_path, monkeypatch)
     value, needs = VARIANTS[leaf]
+    if leaf == "model.adapter" or "model.adapter" in needs:
+        save_adapter(load_tiny)
     handed = [hand_over(build_spec(changes), load_tiny, monkeypatch) for changes in (needs, {**needs, leaf: value})]
     assert handed[0] != handed[1], f"{leaf} is read by nothing"
 
@@ -156,10 +174,20 @@ def test_the_same_file_hands_over_the_same(tmp_path, monkeypatch, load_tiny):
     assert hand_over(build_spec({}), load_tiny, monkeypatch) == hand_over(build_spec({}), load_tiny, monkeypatch)
 
 
+def save_adapter(load_tiny) -> None:
+    """Saves an adapter that a run with ``ADAPTER`` may go on with."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=32, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(load_tiny(), config).save_pretrained("adapter")
+
+
 def write_rows(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
     Path("eval.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS[:2]))
+    pairs = [{"prompt": f"{n}:", "chosen": " yes", "rejected": " no"} for n in range(6)]
+    Path("pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
     Path("some_bad.jsonl").write_text("\n".join([*(json.dumps(row) for row in ROWS), "{"]))
     Path("other.jinja").write_text(
         "{% for m in messages %}{{ m.role }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
@@ -169,13 +197,14 @@ def write_rows(tmp_path, monkeypatch) -> None:
 
 def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
     """Collects everything that leaves Forge's hands on the way to a run, by calling the same builders."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    from forge_cli.backend.sft import build_training_args
+    from forge_cli.backend.methods import build_training_args
     from forge_cli.build import model as model_room
     from forge_cli.build.adapter import prepare_trainable
     from forge_cli.build.callbacks import build_ema, build_monitor
     from forge_cli.build.compute import choose_compute
+    from forge_cli.build.reference import prepare_reference
     from forge_cli.build.tokenizer import load_tokenizer
     from forge_cli.run.answers import Examination
     from forge_cli.run.folder import create_run_folder
@@ -195,8 +224,12 @@ def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
 
     with monkeypatch.context() as patch:
         patch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+        patch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
         model = model_room.load_model(spec, compute)
-    handed["loads"] = loads
+        reference = prepare_reference(spec, compute)
+    handed["loads"], handed["reference"] = loads, reference and reference.text
+    # The second model is the same object here, and frozen by now.
+    model.requires_grad_(True)
 
     model, trainable = prepare_trainable(model, spec)
     trained = {name: p.detach().double().sum().item() for name, p in model.named_parameters() if p.requires_grad}
