@@ -23,6 +23,7 @@ from forge_cli.parts.memory import peak_memory_bytes
 
 Record = dict[str, object]
 MOST_OVERFLOWS = 20
+SPIKE_FLOOR = 0.1  # nats: what has been learned to the letter jumps by factors without meaning anything
 
 
 def pick_rewards(metrics: Mapping[str, object]) -> Record:
@@ -224,7 +225,7 @@ class MonitorCallback(TrainerCallback):
             self.alarm(step, "zero_loss", "the loss is exactly 0: are all labels masked?")
         if len(self._recent_losses) == self._recent_losses.maxlen:
             median = statistics.median(self._recent_losses)
-            if loss > self.spike_ratio * median:
+            if loss > max(self.spike_ratio * median, SPIKE_FLOOR):
                 text = f"the loss {loss:.4g} is {loss / median:.1f} times its running median {median:.4g}"
                 self.alarm(step, "spike", text)
         self._recent_losses.append(loss)

@@ -103,6 +103,10 @@ def render_plan(plan: Plan) -> str:
             lines.append(_render_line(name, getattr(spec, name), plan.origin(name).where))
             continue
         paths = [path for path, _ in iterate_leaves(name)]
+        reasons = {idle[path].why for path in paths if path in idle}
+        if len(reasons) == 1 and not any(path in effective for path in paths):
+            lines.append(f"# {name} has no effect: {printable(reasons.pop())}")
+            continue
         lines.append(f"{name}:" if any(path in effective for path in paths) else f"{name}: {{}}")
         for path in paths:
             key = path.rpartition(".")[2]

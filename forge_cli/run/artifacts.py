@@ -82,4 +82,4 @@ def _save_options(model) -> dict[str, object]:
     if not hasattr(model, "peft_config"):
         return {}
     targets = model.peft_config["default"].target_modules or []
-    return {"save_embedding_layers": any("embed" in name for name in targets)}
+    return {"save_embedding_layers": any("embed" in name for name in targets), "selected_adapters": ["default"]}

@@ -137,7 +137,7 @@ def test_ema_weights_leave_the_model_when_evaluation_fails(tiny_settings, monkey
             raise RuntimeError("evaluation failed")
         return {"eval_loss": 1.0}
 
-    monkeypatch.setattr(ForgeSFTTrainer.__bases__[0], "evaluate", fail)
+    monkeypatch.setattr(ForgeSFTTrainer.__bases__[-1], "evaluate", fail)
     with pytest.raises(RuntimeError, match="evaluation failed"):
         run(tiny_settings(data=EVAL, lora=LORA, ema={"decay": 0.5}, evaluation={"eval_steps": 1}))
     assert [entry[:2] for entry in seen] == [("eval", None), ("eval", False), (EMA_PREFIX, True)]
