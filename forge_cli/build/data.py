@@ -62,7 +62,8 @@ def prepare_data(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> Prep
     train, held_back = (_load(tokens, name) for name in ("train", "eval"))
     if spec.data.packing:
         train = pack_data(train, spec.data.max_length)
-    return PreparedData(train, held_back, tokens.questions, tokens.report, tokens.places["train"])
+    most = spec.report.samples if spec.report and not spec.report.exact_match else None
+    return PreparedData(train, held_back, tokens.load_questions(most), tokens.report, tokens.places["train"])
 
 
 def _load(tokens: TokenSet, name: str) -> Dataset | None:

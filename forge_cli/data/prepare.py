@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from forge_cli.data.choosing import HELD_BACK, choose_rows
@@ -16,7 +17,7 @@ from forge_cli.data.reading import DataFile, find_files, fingerprint_file
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport, find_in_both
 from forge_cli.data.row_tokens import Limits, Question
 from forge_cli.data.scan import Place, Scan, explain_change, find_place, read_again, scan_rows
-from forge_cli.data.store import TokenFolder, find_tokens, load_questions
+from forge_cli.data.store import TokenFolder, find_tokens, iterate_questions
 from forge_cli.data.tokenizing import tokenize_rows
 from forge_cli.parts.rendering import Renderer
 from forge_cli.schema.data import list_sources
@@ -36,14 +37,21 @@ class TokenSet:
         folder: ``train.arrow`` and ``eval.arrow``: ``input_ids`` and ``labels``, or ``prompt_ids`` and the ids of
             the answers; ``row`` and ``length``.
         report: What became of every row.
-        questions: Evaluation rows as prompts and wanted answers.
         places: Of each split, its source files, and the number before the first row of each.
     """
 
     folder: Path
     report: DataReport
-    questions: tuple[Question, ...]
     places: Mapping[str, Sequence[Place]]
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """Evaluation rows as prompts and wanted answers."""
+        return self.load_questions()
+
+    def load_questions(self, most: int | None = None) -> tuple[Question, ...]:
+        """Loads the first questions, or all of them."""
+        return tuple(islice(iterate_questions(self.folder), most))
 
     def name_row(self, split: str, row: int) -> str:
         """Writes where a row stands, given the number that its tokens carry."""
@@ -72,19 +80,19 @@ def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> To
     if folder is None:
         size = sum(file.path.stat().st_size for file, _ in files if file.path)
         with TokenFolder(fingerprint, size) as target:
-            report, questions, places = _make_tokens(spec, tokenizer, target, say, began)
+            report, places = _make_tokens(spec, tokenizer, target, say, began)
             _check_unchanged(spec, files, prints)
-            folder = target.commit({**report.as_dict(), "places": places}, questions)
+            folder = target.commit({**report.as_dict(), "places": places})
     else:
         report = DataReport.from_dict({k: v for k, v in manifest["report"].items() if k != "places"})
         report.from_cache = True
-        questions, places = load_questions(folder), manifest["report"]["places"]
+        places = manifest["report"]["places"]
     _count_steps(spec, report, folder)
     located = {
         split: tuple(Place(base, DataFile(name, path and Path(path), kind)) for base, (name, path, kind) in files)
         for split, files in places.items()
     }
-    return TokenSet(folder, report, tuple(Question(*one) for one in questions), located)
+    return TokenSet(folder, report, located)
 
 
 def _list_files(spec: RunSpec) -> list[tuple[DataFile, str]]:
@@ -126,7 +134,7 @@ def _check_unchanged(spec: RunSpec, files: list[tuple[DataFile, str]], prints: d
 
 def _make_tokens(
     spec: RunSpec, tokenizer, target: TokenFolder, say: Say, began: float
-) -> tuple[DataReport, list[Question], dict[str, list]]:
+) -> tuple[DataReport, dict[str, list]]:
     scans = [scan_rows("train", list_sources(spec.data.train), spec.data, spec.method)]
     if spec.data.eval is not None:
         scans.append(scan_rows("eval", list_sources(spec.data.eval), spec.data, spec.method))
@@ -135,11 +143,10 @@ def _make_tokens(
         say(f"read {scans[0].num_rows} rows ({scans[0].kind}) in {scan_seconds:.0f} s")
     renderer = Renderer(tokenizer)
     counters: dict[str, SplitCounter] = {}
-    questions: list[Question] = []
     choices = [choose_rows(scan, spec.data, spec.seed) for scan in scans]
     target.num_rows = sum(count > 0 for copies in choices for count in copies)
     for scan, copies in zip(scans, choices, strict=True):
-        _tokenize_scan(spec, scan, copies, renderer, target, counters, questions, say)
+        _tokenize_scan(spec, scan, copies, renderer, target, counters, say)
     for counter in counters.values():
         counter.finish()
     for scan in scans:
@@ -159,7 +166,7 @@ def _make_tokens(
         for name in counters
         for scan in (scans[-1] if name == "eval" else scans[0],)
     }
-    return report, questions, places
+    return report, places
 
 
 def _tokenize_scan(
@@ -169,7 +176,6 @@ def _tokenize_scan(
     renderer: Renderer,
     target: TokenFolder,
     counters: dict[str, SplitCounter],
-    questions: list[Question],
     say: Say,
 ) -> None:
     """Tokenises the rows of one scan and sorts them into their splits."""
@@ -207,7 +213,7 @@ def _tokenize_scan(
             writers[name].add(columns, outcome.number, count)
         target.rows_done += 1
         if outcome.question:
-            questions.append(outcome.question)
+            target.add_question(outcome.question)
     _count_rows(scan, copies, counters, splits)
 
 

@@ -9,15 +9,17 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 from forge_cli.data.report import count_tokens
-from forge_cli.data.row_tokens import Columns
+from forge_cli.data.row_tokens import Columns, Question
 from forge_cli.errors import MachineError
 from forge_cli.units import format_bytes
 
 MANIFEST = "manifest.json"
+QUESTIONS = "questions.jsonl"
 _BATCH_ROWS = 1000
 # Of a row, besides its tokens: its number, its length, and where its lists begin.
 _NUMBERS_BYTES = 24
@@ -106,6 +108,7 @@ class TokenFolder:
         self.input_bytes = input_bytes
         self.num_rows = self.rows_done = 0
         self.writers: dict[str, SplitWriter] = {}
+        self._questions: TextIO | None = None
 
     def __enter__(self) -> TokenFolder:
         try:
@@ -122,6 +125,9 @@ class TokenFolder:
         for writer in self.writers.values():
             with contextlib.suppress(OSError):
                 writer.close()
+        if self._questions is not None:
+            with contextlib.suppress(OSError):
+                self._questions.close()
         if isinstance(error, OSError):
             written = sum(one.stat().st_size for one in self.partial.rglob("*") if one.is_file())
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -133,11 +139,18 @@ class TokenFolder:
         self.writers[name] = SplitWriter(self.partial / f"{name}.arrow")
         return self.writers[name]
 
-    def commit(self, report: Mapping[str, object], questions: list) -> Path:
+    def add_question(self, question: Question) -> None:
+        """Adds a question; they are written as they come, as there may be as many as evaluation rows."""
+        if self._questions is None:
+            self._questions = (self.partial / QUESTIONS).open("w", encoding="utf-8")
+        self._questions.write(json.dumps(question) + "\n")
+
+    def commit(self, report: Mapping[str, object]) -> Path:
         """Closes all files, writes the manifest last and gives the folder its name."""
         for writer in self.writers.values():
             writer.close()
-        (self.partial / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+        if self._questions is not None:
+            self._questions.close()
         files = {one.name: _digest(one) for one in sorted(self.partial.iterdir())}
         manifest = {"fingerprint": self.fingerprint, "files": files, "report": report}
         with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
@@ -220,9 +233,12 @@ def find_tokens(fingerprint: str) -> tuple[Path | None, dict, str]:
     return path, manifest, ""
 
 
-def load_questions(path: Path) -> list:
-    """Loads the questions of a folder of tokens."""
-    return json.loads((path / "questions.json").read_text(encoding="utf-8"))
+def iterate_questions(path: Path) -> Iterator[Question]:
+    """Yields the questions of a folder of tokens."""
+    if (path / QUESTIONS).exists():
+        with (path / QUESTIONS).open(encoding="utf-8") as file:
+            for line in file:
+                yield Question(*json.loads(line))
 
 
 def _digest_manifest(manifest: Mapping[str, object]) -> str:

@@ -201,7 +201,7 @@ def replace_in_manifest(folder: Path, **changes: object) -> None:
 DAMAGES = {
     "a byte of the tokens": lambda folder: flip(folder / "train.arrow", 0.5),
     "a byte of the header": lambda folder: flip(folder / "train.arrow", 0.0),
-    "a byte of the questions": lambda folder: flip(folder / "questions.json", 0.5),
+    "a byte of the questions": lambda folder: flip(folder / "questions.jsonl", 0.5),
     "cut tokens": lambda folder: os.truncate(folder / "train.arrow", 100),
     "no tokens": lambda folder: (folder / "eval.arrow").unlink(),
     "cut manifest": lambda folder: os.truncate(folder / "manifest.json", 200),

@@ -33,6 +33,7 @@ def test_dpo_teaches_what_the_pairs_say(pair_settings):
             wins["trained"] += bool(has[0] > has[1])
             wins["over the base"] += bool(has[0] - had[0] > has[1] - had[1])
             margins.append(BETA * float((has[0] - had[0]) - (has[1] - had[1])))
+    print(", ".join(f"better answer preferred, {who}: {100 * count / 60:.1f} %" for who, count in wins.items()))
     assert 0.35 < wins["base"] / 60 < 0.65
     assert wins["trained"] / 60 > 0.9
     # The saved adapter is the one that was evaluated, and the report's figures are means over its pairs.

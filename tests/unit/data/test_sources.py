@@ -188,7 +188,7 @@ def test_all_cores_give_the_same_files(tokenizer, tmp_path, monkeypatch):
         files = {one.name: one.read_bytes() for one in tokens.folder.iterdir() if one.name != "manifest.json"}
         splits = json.loads((tokens.folder / "manifest.json").read_text())["report"]["splits"]
         found[least] = (files, splits, tokens.questions, tokens.places)
-    assert len(started) == 1 and sorted(found[0][0]) == ["eval.arrow", "questions.json", "train.arrow"]
+    assert len(started) == 1 and sorted(found[0][0]) == ["eval.arrow", "questions.jsonl", "train.arrow"]
     assert found[0] == found[10**9]
 
 
