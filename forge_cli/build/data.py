@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset, IterableDataset
 
+from forge_cli.data.judging import refuse_losses
 from forge_cli.data.packing import pack_lengths
 from forge_cli.data.prepare import Say, TokenSet, prepare_tokens
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport
@@ -96,7 +97,10 @@ def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
     """Tokenises training rows as they are trained; evaluation rows, which are seen often, before."""
     data = spec.data
     scan = scan_rows("train", list_sources(data.train), data, spec.method)
-    say(f"streaming {sum(scan.counts)} rows ({scan.kind}): their tokens are made while training")
+    say(
+        f"streaming {sum(scan.counts)} rows ({scan.kind}) in the order of the file: "
+        "their tokens are made while training"
+    )
     report = DataReport([SplitReport("train", scan.kind, scan.num_rows, rows_bad=scan.bad.count)])
     held_back, questions = None, ()
     if data.eval is not None:
@@ -106,15 +110,24 @@ def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
         tokens.report.splits[0].name = "eval"
         report.splits.append(tokens.report.splits[0])
     limits = Limits(scan.kind, data.train_on, data.max_length, data.on_overlong)
-    rows = {"scan": scan, "report": report.splits[0], "make": lambda: RowTokenizer(Renderer(tokenizer), limits)}
+    rows = {
+        "scan": scan,
+        "report": report.splits[0],
+        "make": lambda: RowTokenizer(Renderer(tokenizer), limits),
+        "max_lost_ratio": data.max_lost_ratio,
+    }
     stream = IterableDataset.from_generator(_generate_rows, gen_kwargs=rows)
     return PreparedData(stream, held_back, questions, report, scan.places)
 
 
-def _generate_rows(scan: Scan, report: SplitReport, make: Callable[[], RowTokenizer]) -> Iterator[dict[str, object]]:
+def _generate_rows(
+    scan: Scan, report: SplitReport, make: Callable[[], RowTokenizer], max_lost_ratio: float
+) -> Iterator[dict[str, object]]:
     """Yields rows, epoch after epoch, and counts what becomes of them; what would end a run before, ends it here."""
     tokenizer = make()
     limits = tokenizer.limits
+    # A trainer starts a stream more than once: to look at its columns, and to train.
+    vars(report).update(vars(SplitReport(report.name, report.format, report.rows_read, rows_bad=len(scan.skipped))))
     counter = SplitCounter(report, scan.describe)
     is_first = True
     while is_first or report.rows_kept:
@@ -135,6 +148,9 @@ def _generate_rows(scan: Scan, report: SplitReport, make: Callable[[], RowTokeni
             for columns in outcome.columns:
                 named = {name: list(one) if name.endswith("s") else one for name, one in columns.items()}
                 yield {**named, "row": number}
+        if is_first:
+            counter.finish()
+            refuse_losses(report, limits.max_length, max_lost_ratio)
         is_first = False
     raise DataError(
         f"no row is left to train on: none fits into data.max_length {limits.max_length}",

@@ -178,7 +178,10 @@ def check_start(trainer: PreferenceTrainer, spec: RunSpec, reference: Reference,
     start = trainer.measure_start()
     margin = start.get("rewards/margins", 0.0)
     if not reference.is_start:
-        return f"before the first update the reward margin over the reference is {margin:.4f}, on the first rows"
+        return (
+            f"before the first update the reward margin is {margin:.4f} on the first rows, not 0: the model does not "
+            "start as its reference, as preference.reference says"
+        )
     expected = {name: 0.0 for name in start if name.startswith("rewards/") and name != "rewards/accuracies"}
     if spec.method == "dpo" and (spec.preference.loss_type or "sigmoid") == "sigmoid":
         expected["loss"] = math.log(2)

@@ -41,15 +41,17 @@ def judge_split(report: SplitReport, data: DataSection, tokenizer, target: Token
             why=f"{report.rows_dropped} rows are longer; the longest has {report.longest_tokens} tokens",
             fix=f"raise data.max_length to {report.longest_tokens}" if report.rows_dropped else "mend the bad rows",
         )
-    if report.rows_lost / report.rows_used > data.max_lost_ratio:
-        share = 100 * report.rows_lost / report.rows_used
+    refuse_losses(report, data.max_length, data.max_lost_ratio)
+    if (
+        report.format == "unpaired_preference"
+        and report.name == "train"
+        and report.rows_wanted in (0, report.rows_kept)
+    ):
         raise DataError(
-            f"{report.rows_lost} of {report.rows_used} rows lose all or part of their answer at data.max_length "
-            f"{data.max_length} ({share:.1f} %, {_list_places(report)})\n{render_histogram(report)}",
+            f"all {report.rows_kept} answers are {'wanted' if report.rows_wanted else 'unwanted'}",
             where=report.name,
-            why="what is cut is never learned, and an answer that is cut has no end",
-            fix=f"raise data.max_length ({report.longest_tokens} keeps all), or allow it with data.max_lost_ratio: "
-            f"{math.ceil(share) / 100:g}",
+            why="there is nothing to tell apart",
+            fix="add rows with the other label",
         )
     if not report.trained_tokens:
         raise DataError(
@@ -65,6 +67,24 @@ def judge_split(report: SplitReport, data: DataSection, tokenizer, target: Token
             where=report.name,
             why="the model would never learn to stop",
             fix=f"end rows with a trained {tokenizer.eos_token!r}",
+        )
+
+
+def refuse_losses(report: SplitReport, max_length: int, max_lost_ratio: float) -> None:
+    """Ends the run when more answers are lost than the run file allows.
+
+    Raises:
+        DataError: They are.
+    """
+    if report.rows_lost / report.rows_used > max_lost_ratio:
+        share = 100 * report.rows_lost / report.rows_used
+        raise DataError(
+            f"{report.rows_lost} of {report.rows_used} rows lose all or part of their answer at data.max_length "
+            f"{max_length} ({share:.1f} %, {_list_places(report)})",
+            where=report.name,
+            why="what is cut is never learned, and an answer that is cut has no end",
+            fix=f"raise data.max_length ({report.longest_tokens} keeps all), or allow it with data.max_lost_ratio: "
+            f"{math.ceil(share) / 100:g}\n{render_histogram(report)}",
         )
 
 

@@ -161,6 +161,7 @@ def _make_tokens(
     if "eval" in counters:
         report.rows_in_both, report.in_both_places = find_in_both(counters["train"], counters["eval"])
     report.system_prompt = scans[0].system_prompt
+    report.has_plain_prompts = scans[0].has_plain_prompts and bool(tokenizer.chat_template)
     places = {
         name: [(base, (file.name, file.path and str(file.path), file.kind)) for base, file in scan.places]
         for name in counters
@@ -187,6 +188,7 @@ def _tokenize_scan(
     for name in splits:
         counters[name] = SplitCounter(SplitReport(name, scan.kind, scan.num_rows), scan.describe)
     counters[scan.name].report.rows_bad = scan.bad.count
+    counters[scan.name].report.bad_places = [f"{one.where}: {one.what}" for one in scan.bad.problems[:3]]
     writers = {name: target.open_split(name) for name in splits}
 
     def choose() -> Iterator[tuple[int, dict, bool]]:

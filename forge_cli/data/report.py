@@ -29,6 +29,7 @@ class SplitReport:
         rows_dropped: Rows that were too long.
         rows_truncated: Rows that were cut.
         rows_split: Rows that go on in further rows.
+        rows_wanted: Rows whose answer is marked as wanted, repeats included.
         rows_lost: Rows that lost all or part of an answer by dropping or cutting.
         rows_untrained: Rows that are kept and have no trained token.
         rows_without_end: Rows that are kept whole and train no end token.
@@ -37,6 +38,7 @@ class SplitReport:
         tokens: Tokens that are left.
         trained_tokens: Those of them that are trained.
         longest_tokens: Longest row, before cutting.
+        bad_places: Where the first bad rows stand, and why they are bad.
         overlong_places: Where the first overlong rows stand.
         duplicate_places: Pairs of places, the first of them.
         percentiles: Percentile to length in tokens, after cutting.
@@ -53,6 +55,7 @@ class SplitReport:
     rows_dropped: int = 0
     rows_truncated: int = 0
     rows_split: int = 0
+    rows_wanted: int = 0
     rows_lost: int = 0
     rows_untrained: int = 0
     rows_without_end: int = 0
@@ -61,6 +64,7 @@ class SplitReport:
     tokens: int = 0
     trained_tokens: int = 0
     longest_tokens: int = 0
+    bad_places: list[str] = field(default_factory=list)
     overlong_places: list[str] = field(default_factory=list)
     duplicate_places: list[list[str]] = field(default_factory=list)
     percentiles: dict[str, int] = field(default_factory=dict)
@@ -70,6 +74,10 @@ class SplitReport:
     def median_tokens(self) -> int:
         """Length of the middle row."""
         return self.percentiles.get("50", 0)
+
+    def count_repeats(self) -> int:
+        """Counts the rows that a weight adds; rows that go on in further rows hide it."""
+        return 0 if self.rows_split else max(0, self.rows_kept + self.rows_dropped - self.rows_used)
 
     def line(self) -> str:
         """Says it in one line."""
@@ -91,6 +99,7 @@ class DataReport:
         rows_in_both: Evaluation rows whose tokens equal those of a training row.
         in_both_places: Pairs of places (evaluation, training), the first of them.
         unused_columns: Columns that nothing read.
+        has_plain_prompts: Prompts are text although the tokenizer has a chat template.
         system_prompt: What all conversations begin with, if they do.
         packed_sequences: Sequences with packing; 0 where it makes no sense.
         packed_ratio: Share of a packed sequence that holds tokens (0 to 1).
@@ -108,6 +117,7 @@ class DataReport:
     rows_in_both: int = 0
     in_both_places: list[list[str]] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
+    has_plain_prompts: bool = False
     system_prompt: str | None = None
     packed_sequences: int = 0
     packed_ratio: float = 0.0
@@ -166,6 +176,7 @@ class SplitCounter:
             ids = [value for name, value in columns.items() if name.endswith("_ids")]
             length = count_tokens(columns)
             report.rows_kept += copies
+            report.rows_wanted += copies * (columns.get("label") is True)
             report.tokens += _count_all(columns) * copies
             self.lengths.extend([length] * copies)
         digest = hashlib.blake2b(digest_size=8)

@@ -17,6 +17,8 @@ _LINES: list[tuple[str, Callable[[SplitReport], object], bool]] = [
     ("  left out or held back", lambda one: one.rows_unused, True),
     ("  dropped, too long", lambda one: one.rows_dropped, True),
     ("rows kept", lambda one: one.rows_kept, False),
+    ("  seen again by weight", lambda one: one.count_repeats(), True),
+    ("  wanted answers", lambda one: one.rows_wanted, True),
     ("  cut, too long", lambda one: one.rows_truncated, True),
     ("  split, too long", lambda one: one.rows_split, True),
     ("  answers lost in part or whole", lambda one: one.rows_lost, True),
@@ -77,6 +79,8 @@ def list_notes(report: DataReport) -> list[str]:
         if split.duplicate_places:
             pairs = ", ".join(f"{one} = {other}" for one, other in split.duplicate_places)
             notes.append(f"note: {split.rows_duplicate} rows of {split.name} repeat earlier ones ({pairs})")
+        if split.bad_places:
+            notes.append(f"note: {split.rows_bad} rows of {split.name} were skipped ({'; '.join(split.bad_places)})")
         if split.rows_escaped:
             notes.append(
                 f"note: {split.rows_escaped} rows of {split.name} hold the text of special tokens; it stays text"
@@ -85,6 +89,11 @@ def list_notes(report: DataReport) -> list[str]:
             notes.append(f"note: {split.rows_untrained} rows of {split.name} have no trained token")
         if split.rows_without_end:
             notes.append(f"note: {split.rows_without_end} rows of {split.name} train no end token at their end")
+    if report.has_plain_prompts:
+        notes.append(
+            "note: prompts are text and are trained as they stand, without the chat template; a chat model wants lists "
+            "of turns, or columns instruction and output"
+        )
     if report.rows_in_both:
         pairs = ", ".join(f"{one} = {other}" for one, other in report.in_both_places)
         notes.append(f"note: {report.rows_in_both} evaluation rows are trained on as well ({pairs})")

@@ -97,6 +97,7 @@ class Scan:
         num_rows: All rows, bad ones included.
         unused: Columns that nothing reads.
         skipped: Numbers of the bad rows.
+        has_plain_prompts: Prompts are text, not turns.
         systems: System prompts; two are enough to know that there is not one.
     """
 
@@ -110,10 +111,16 @@ class Scan:
     unused: list[str] = field(default_factory=list)
     skipped: set[int] = field(default_factory=set)
     systems: set[str] = field(default_factory=set)
+    has_plain_prompts: bool = False
 
     def describe(self, row: int, column: int = 0) -> str:
         """Writes where the row of a number stands: ``train.jsonl:12``."""
         return find_place(self.places, row, column)
+
+    @staticmethod
+    def kind_has_prompt(kind: str) -> bool:
+        """Tells whether a format asks something, rather than going on with a text."""
+        return kind in ("prompt_completion", "preference", "unpaired_preference")
 
     @property
     def system_prompt(self) -> str | None:
@@ -161,6 +168,7 @@ def scan_rows(name: str, sources: Sequence[Source], data: DataSection, method: s
             scan.refuse(number, str(error))
             continue
         scan.counts[index] += 1
+        scan.has_plain_prompts |= isinstance(example.prompt, str) and scan.kind_has_prompt(kind)
         if len(scan.systems) < 2:
             scan.systems.add(find_system(example))
     _judge_kinds(scan, kinds, method)

@@ -173,7 +173,8 @@ def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
     trainer.train()
     seconds, peak = time.perf_counter() - began, peak_memory_bytes()
     loss_after = trainer.evaluate_now()
-    if loss_after and loss_after["eval_loss"] > loss_before["eval_loss"]:
+    # More than a thousandth: less is what rounding does.
+    if loss_after and loss_after["eval_loss"] > 1.001 * loss_before["eval_loss"]:
         worse = f"the held-out loss rose from {loss_before['eval_loss']:.4f} to {loss_after['eval_loss']:.4f}"
         trainer.monitor.alarm(num_steps, "worse", worse)
     reporter.finish()

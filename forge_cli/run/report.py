@@ -114,7 +114,7 @@ def _gather_rewards(records: list[dict]) -> list[dict]:
     found = [_read_rewards(logged[i], "", "training") for i in sorted({0, len(logged) // 2, len(logged) - 1}) if logged]
     for record in records:
         for prefix, of in (("eval_", "held out"), ("eval_ema_", "held out, EMA")):
-            if f"{prefix}rewards/margins" in record:
+            if "eval_loss" in record and f"{prefix}rewards/margins" in record:
                 found.append(_read_rewards(record, prefix, of))
     return found
 

@@ -307,18 +307,25 @@ def test_rows_without_an_answer_or_cut_are_no_questions(prepare):
 def test_a_stream_gives_the_rows_of_the_file_and_counts_them(prepare, tokenizer):
     rows = [chat(f"q {i}", f"a {i}") for i in range(5)] + [chat("long", "x " * 100)]
     whole = prepare(rows, max_length=64, on_overlong="drop", max_lost_ratio=1.0).train
-    data = prepare(rows, max_length=64, on_overlong="drop", streaming=True)
+    data = prepare(rows, max_length=64, on_overlong="drop", max_lost_ratio=1.0, streaming=True)
     first = [row for row, _ in zip(data.train, range(7), strict=False)]
     assert [row["input_ids"] for row in first] == [whole[i % 5]["input_ids"] for i in range(7)]
     assert [row["labels"] for row in first] == [whole[i % 5]["labels"] for i in range(7)]
     assert [row["row"] for row in first] == [1, 2, 3, 4, 5, 1, 2]
     assert (data.report.splits[0].rows_kept, data.report.splits[0].rows_dropped) == (5, 1)
+    next(iter(data.train))  # a trainer starts a stream more than once
+    assert data.report.splits[0].rows_kept == 1
+    strict = prepare(rows, max_length=64, on_overlong="drop", streaming=True)
+    with pytest.raises(DataError, match="1 of 6 rows lose all or part"):
+        [row for row, _ in zip(strict.train, range(7), strict=False)]
 
 
 @pytest.mark.parametrize(
     ("on_overlong", "why"), [("error", "tokens, more than data.max_length 16"), ("drop", "no row is left to train on")]
 )
 def test_a_stream_never_runs_dry_in_silence(prepare, on_overlong, why):
-    data = prepare([chat("long", "x " * 100)], max_length=16, on_overlong=on_overlong, streaming=True)
+    data = prepare(
+        [chat("long", "x " * 100)], max_length=16, on_overlong=on_overlong, max_lost_ratio=1.0, streaming=True
+    )
     with pytest.raises(DataError, match=why):
         next(iter(data.train))
