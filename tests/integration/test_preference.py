@@ -196,5 +196,5 @@ def test_the_run_says_what_its_reference_is(pair_settings, adapter):
     assert told["base"][0] == "reference: forge-tiny without adapters"
     assert told["folder"][0] == f"reference: forge-tiny with the adapter {adapter}"
     # The same two models, the one's margin over the other and back.
-    margins = [float(told[name][1].split(" is ")[1].split(",")[0]) for name in ("base", "folder")]
+    margins = [float(told[name][1].split(" is ")[1].split()[0]) for name in ("base", "folder")]
     assert margins[0] == pytest.approx(-margins[1], abs=2e-4) and abs(margins[0]) > 1e-3
