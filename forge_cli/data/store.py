@@ -98,7 +98,7 @@ class TokenFolder:
 
     Args:
         fingerprint: Of rows, tokenizer, template and settings.
-        input_bytes: Size of the files they are made from, to tell what a full disk would have to hold.
+        input_bytes: Size of the files they are made from, for the report.
     """
 
     def __init__(self, fingerprint: str, input_bytes: int) -> None:
