@@ -8,21 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from forge_cli.errors import ModelError
-from forge_cli.facts.parameter_count import FAMILIES, count_parameters
+from forge_cli.facts.config_facts import count_eyes, read_config_facts
+from forge_cli.facts.parameter_count import count_parameters
 from forge_cli.facts.shape import ModelFacts
 
-# Older configurations name the same things differently.
-_OTHER_NAMES = {
-    "hidden_size": ("n_embd", "d_model"),
-    "num_hidden_layers": ("n_layer", "num_layers", "n_layers"),
-    "num_attention_heads": ("n_head", "n_heads"),
-    "intermediate_size": ("n_inner", "ffn_hidden_size", "ffn_dim"),
-    "max_position_embeddings": ("n_positions", "n_ctx"),
-    "num_local_experts": ("num_experts",),
-}
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-# What transformers assumes where config.json is silent; every other family unties.
-_TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3_text", "gpt2", "falcon", "smollm3")
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 
 
@@ -50,9 +40,15 @@ def read_local_model(folder: Path, name: str) -> ModelFacts:
             why="Forge runs no code that comes with weights",
             fix='if transformers has this architecture built in, remove "auto_map" from the file',
         )
-    text_config = config["text_config"] if isinstance(config.get("text_config"), dict) else {}
-    facts = _facts_from_config({**config, **text_config}, config_file, name, str(folder))
-    return facts._replace(num_parameters=_count_stored_parameters(folder, facts) or count_parameters(facts))
+    facts = read_config_facts(config, config_file, name, str(folder))
+    stored = _count_stored_parameters(folder, facts)
+    eyes = count_eyes(config)
+    if eyes is None:  # all that is known of them is what the weight files hold
+        language = count_parameters(facts)
+        eyes = (max(stored - language, 0), 0) if stored and language else (0, 0)
+        return facts._replace(num_parameters=stored, num_other_parameters=eyes[0])
+    facts = facts._replace(num_other_parameters=eyes[0], num_other_linear_parameters=eyes[1])
+    return facts._replace(num_parameters=stored or count_parameters(facts))
 
 
 def _read_config(config_file: Path) -> dict[str, Any]:
@@ -95,52 +91,6 @@ def _refuse_pickles(folder: Path) -> None:
             why="loading a pickle can run any code; Forge reads safetensors only",
             fix="save the model again with save_pretrained, which writes model.safetensors",
         )
-
-
-def _facts_from_config(config: dict[str, Any], config_file: Path, name: str, path: str) -> ModelFacts:
-    def number(key: str) -> int | None:
-        for candidate in (key, *_OTHER_NAMES.get(key, ())):
-            value = config.get(candidate)
-            if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-                return value
-        return None
-
-    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    found = {key: number(key) for key in wanted}
-    model_type = config.get("model_type")
-    missing = [key for key, value in found.items() if value is None]
-    if not isinstance(model_type, str) or missing:
-        lacking = missing if isinstance(model_type, str) else ["model_type", *missing]
-        raise ModelError(
-            f"config.json lacks {', '.join(lacking)}",
-            where=str(config_file),
-            why="it does not describe a text model that Forge can train",
-            fix="copy the model again, or choose a causal language model",
-        )
-    hidden, layers, heads, vocabulary = (int(found[key] or 0) for key in wanted)
-    kv_heads = number("num_key_value_heads") or heads
-    if model_type == "falcon" and not config.get("new_decoder_architecture"):
-        kv_heads = 1 if config.get("multi_query", True) else heads
-    tied = config.get("tie_word_embeddings", model_type in _TIED_BY_DEFAULT)
-    return ModelFacts(
-        name=name,
-        hub_id=None,
-        path=path,
-        model_type=model_type,
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=number("head_dim") or hidden // heads,
-        intermediate_size=number("intermediate_size") or 4 * hidden,
-        vocab_size=vocabulary,
-        tie_word_embeddings=bool(tied),
-        max_position_embeddings=number("max_position_embeddings"),
-        num_local_experts=number("num_local_experts"),
-        num_experts_per_tok=number("num_experts_per_tok"),
-        moe_intermediate_size=number("moe_intermediate_size"),
-        source=str(config_file) if model_type in FAMILIES else f"{config_file} (family not counted by formula)",
-    )
 
 
 def _count_stored_parameters(folder: Path, facts: ModelFacts) -> int | None:

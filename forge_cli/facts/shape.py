@@ -26,6 +26,12 @@ class ModelFacts(NamedTuple):
         num_local_experts: Experts per layer; None for a dense model.
         num_experts_per_tok: Experts that each token visits.
         moe_intermediate_size: Width of one expert where it differs from ``intermediate_size``.
+        sliding_window: Tokens that a layer with a window attends to; None without windows.
+        attention_bias: Whether the attention's linear layers have biases; None leaves it to the family.
+        feed_forward_bias: The same of the feed-forward's.
+        layout: Name of a variant of the family (``forge_cli.facts.families``); empty for the usual one.
+        num_other_parameters: Weights that are no part of the language model but are loaded with it (eyes).
+        num_other_linear_parameters: Those of them in linear layers, without biases.
         source: Where these facts come from.
     """
 
@@ -46,4 +52,10 @@ class ModelFacts(NamedTuple):
     num_local_experts: int | None = None
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
+    sliding_window: int | None = None
+    attention_bias: bool | None = None
+    feed_forward_bias: bool | None = None
+    layout: str = ""
+    num_other_parameters: int = 0
+    num_other_linear_parameters: int = 0
     source: str = ""
