@@ -1,7 +1,8 @@
-"""Where the data that ships with Forge lies, in a wheel and in a checkout."""
+"""Where the data that ships with Forge lies, and where Forge keeps what it can make again."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -15,3 +16,9 @@ def data_root() -> Path:
 def assets_root() -> Path:
     """Returns the folder of the embedded model and its data."""
     return _PACKAGE / "assets"
+
+
+def cache_root() -> Path:
+    """Returns where Forge keeps what can be made again: ``$FORGE_CACHE``, or ``~/.cache/forge``."""
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("FORGE_CACHE") or f"{home}/forge").expanduser()

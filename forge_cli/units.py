@@ -27,9 +27,16 @@ def format_count(count: float) -> str:
 
 
 def format_duration(duration_seconds: float) -> str:
-    """Formats seconds as ``1:02:03``, ``2:03`` or ``4.2 s``."""
+    """Formats seconds as ``1:02:03``, ``2:03``, ``4.2 s`` or ``7 ms``."""
+    if 0 < duration_seconds < 0.95:
+        return f"{1000 * duration_seconds:.0f} ms"
     if duration_seconds < 60:
         return f"{duration_seconds:.1f} s"
     minutes, seconds = divmod(round(duration_seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def count_of(count: int, one: str, many: str) -> str:
+    """Writes a count with its words in the right number: ``1 row is``, ``2 rows are``."""
+    return f"{count} {one if count == 1 else many}"

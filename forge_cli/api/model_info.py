@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
+from pathlib import Path
 
 from torch import nn
 
-from forge_cli.estimate.memory import LayerShape, MemoryEstimate, estimate_memory
+from forge_cli.errors import ModelError
+from forge_cli.estimate.memory import MemoryEstimate, estimate_memory
+from forge_cli.estimate.setting import Adapters, Setting
+from forge_cli.facts.config_facts import read_config_facts
+from forge_cli.facts.families import find_family
 from forge_cli.parts.freeze import find_trainable_below, runs_without_grad
 from forge_cli.parts.layers import count_parameters, find_decoder_layers, unwrap_model
 from forge_cli.units import GIB, format_bytes, format_count
@@ -47,17 +52,21 @@ def estimate_model_memory(model: nn.Module, batch_size: int = 4, sequence_length
         sequence_length: Tokens per row, padding included.
 
     Returns:
-        Components and ``total_estimated_gb``, all in GiB (2^30 bytes), without the CUDA context.
+        Components at the highest instant of a step and their sum ``total_estimated_gb``, all in GiB (2^30 bytes),
+        without the CUDA context.
+
+    Raises:
+        ModelError: Forge cannot replay this architecture.
     """
-    estimate = _estimate(model, batch_size, sequence_length, count_frozen_prefix(model))
+    peak = _estimate(model, batch_size, sequence_length, count_frozen_prefix(model)).peak
     parts = {
-        "weights_gb": estimate.weights_bytes,
-        "gradients_gb": estimate.gradients_bytes,
-        "optimizer_gb": estimate.optimizer_bytes,
-        "activations_gb": estimate.activations_bytes,
-        "working_gb": estimate.working_bytes,
-        "total_estimated_gb": estimate.total_bytes,
+        "weights_gb": peak.parts.get("weights", 0) + peak.parts.get("adapters", 0),
+        "gradients_gb": peak.parts.get("gradients", 0),
+        "optimizer_gb": peak.parts.get("optimizer", 0),
+        "activations_gb": peak.parts.get("activations", 0) + peak.parts.get("autocast copies", 0),
     }
+    parts["working_gb"] = peak.total_bytes - sum(parts.values())
+    parts["total_estimated_gb"] = peak.total_bytes
     return {name: size / GIB for name, size in parts.items()}
 
 
@@ -76,8 +85,8 @@ def get_memory_savings_estimate(model: nn.Module, batch_size: int = 4, sequence_
     gradient = sum(p.numel() * p.element_size() for p in frozen)
     optimizer = sum(p.numel() for p in frozen) * ADAM_STATE_BYTES
     prefix = count_frozen_prefix(model)
-    without = _estimate(model, batch_size, sequence_length, 0).activations_bytes
-    activation = without - _estimate(model, batch_size, sequence_length, prefix).activations_bytes
+    without, with_prefix = (_estimate(model, batch_size, sequence_length, count) for count in (0, prefix))
+    activation = max(without.activations_bytes - with_prefix.activations_bytes, 0)
     parts = {"gradient_saved_gb": gradient, "optimizer_saved_gb": optimizer, "activation_saved_gb": activation}
     return {name: size / GIB for name, size in {**parts, "total_saved_gb": sum(parts.values())}.items()}
 
@@ -111,33 +120,47 @@ def _formats(model: nn.Module) -> list[str]:
 
 
 def _estimate(model: nn.Module, batch_size: int, sequence_length: int, prefix: int) -> MemoryEstimate:
-    config = unwrap_model(model).config.get_text_config()
+    """Estimates a step of a live model on a GPU: 16-bit compute, as the Trainer of transformers runs it."""
+    base = unwrap_model(model)
+    config = base.config.get_text_config()
+    facts = read_config_facts(config.to_dict(), Path("config.json"), type(base).__name__, "")
+    if find_family(facts) is None:
+        raise ModelError(
+            f"the memory of {config.model_type} models cannot be estimated",
+            fix="train a few steps and read torch.cuda.max_memory_allocated()",
+        )
     trained = [p for p in model.parameters() if p.requires_grad]
-    peft_config = getattr(model, "peft_config", {}).get("default")
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    key_heads = getattr(config, "num_key_value_heads", None) or heads
-    head = unwrap_model(model).get_output_embeddings()
+    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
+    quantized = getattr(model, "is_quantized", False) or getattr(base, "is_quantized", False)
     return estimate_memory(
-        weights_bytes=count_weight_bytes(model),
-        num_trainable_parameters=sum(math.prod(p.shape) for p in trained),
-        layer=LayerShape(
-            hidden_size=config.hidden_size,
-            query_size=heads * head_dim,
-            key_size=key_heads * head_dim,
-            intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            num_attention_heads=heads,
-        ),
-        num_layers=len(find_decoder_layers(model)),
-        vocab_size=config.vocab_size,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
-        num_frozen_prefix_layers=prefix,
-        activation_checkpointing=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
-        lora_rank=getattr(peft_config, "r", None),
-        trainable_bytes=trained[0].element_size() if trained else 4,
-        compute_bytes=2,
-        quantized=getattr(model, "is_quantized", False) or getattr(unwrap_model(model), "is_quantized", False),
-        head_trains=head is not None and any(p.requires_grad for p in head.parameters()),
-        fused_loss=False,
+        Setting(
+            facts=facts,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            # Adapters are among the parameters counted here.
+            weights_bytes=count_weight_bytes(model) - (_count_trained_bytes(model) if _find_adapters(model) else 0),
+            trained=dict(Counter(p.numel() for p in trained)),
+            adapters=_find_adapters(model),
+            quantized_bits=(8 if getattr(base, "is_loaded_in_8bit", False) else 4) if quantized else None,
+            weight_bytes=embeddings.weight.element_size(),
+            trained_bytes=trained[0].element_size() if trained else 4,
+            num_frozen_layers=prefix,
+            embeddings_train=embeddings.weight.requires_grad,
+            head_trains=head is not None and any(p.requires_grad for p in head.parameters()),
+            activation_checkpointing=any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
+            loss="plain",
+        )
     )
+
+
+def _find_adapters(model: nn.Module) -> Adapters | None:
+    config = getattr(model, "peft_config", {}).get("default")
+    if config is None or getattr(config, "r", None) is None:
+        return None
+    targets = config.target_modules
+    names = (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+    return Adapters(config.r, names, config.lora_dropout, config.use_dora)
+
+
+def _count_trained_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

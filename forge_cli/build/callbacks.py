@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from forge_cli.parts.ema import EMACallback
+from forge_cli.parts.memory import MemoryCallback
 from forge_cli.parts.monitor import MonitorCallback
 from forge_cli.schema.runspec import RunSpec
 
@@ -28,6 +29,7 @@ def build_monitor(
     metrics_path: Path | None = None,
     on_record: Callable[[dict], None] | None = None,
     name_rows: Callable[[Sequence[int]], list[str]] | None = None,
+    memory: MemoryCallback | None = None,
 ) -> MonitorCallback:
     """Builds the monitor. Without the section it still records losses and stops before a non-finite update."""
     section = spec.monitor
@@ -38,4 +40,5 @@ def build_monitor(
         metrics_path=metrics_path,
         on_record=on_record,
         name_rows=name_rows,
+        memory=memory,
     )

@@ -17,6 +17,7 @@ from forge_cli.version import __version__
 # `forge --help` pays for none of them.
 COMMANDS = {
     "train": ("forge_cli.cli.train", "Carry out a run file."),
+    "estimate": ("forge_cli.cli.estimate", "Predict the GPU memory, time and cost of a run."),
     "data": ("forge_cli.cli.data", "Check and show the rows of a run file."),
     "config": ("forge_cli.cli.config", "Show, explain and check run files."),
     "presets": ("forge_cli.cli.presets", "Starting values, each with its reason."),

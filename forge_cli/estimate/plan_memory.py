@@ -1,11 +1,15 @@
-"""The memory of a plan, from its settings and the model's shape."""
+"""The memory of a plan: its settings and the model's shape become a :class:`Setting`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forge_cli.estimate.memory import LayerShape, MemoryEstimate, estimate_memory, estimate_weights_bytes
-from forge_cli.facts.parameter_count import count_embedding_parameters, count_linear_parameters, linear_modules
+from forge_cli.estimate.memory import MemoryEstimate, estimate_memory
+from forge_cli.estimate.setting import Adapters, Setting
+from forge_cli.estimate.weights import weigh_model, weigh_tensors
+from forge_cli.facts.families import find_family
+from forge_cli.facts.parameter_count import linear_modules
+from forge_cli.facts.trainable_count import count_lora_parameters, freezes_embeddings, list_trained_tensors
 
 if TYPE_CHECKING:
     from forge_cli.facts.shape import ModelFacts
@@ -13,120 +17,139 @@ if TYPE_CHECKING:
     from forge_cli.schema.adapter import LoraSection
     from forge_cli.schema.runspec import RunSpec
 
+__all__ = ["count_lora_parameters", "estimate_from_plan", "setting_from_plan"]
+
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp32": 4, "bf16": 2, "fp16": 2}
+# TRL's trainers of these methods make all logits at once.
+_PLAIN_LOSS = ("orpo", "cpo")
 
 
-def estimate_from_plan(plan: Plan) -> MemoryEstimate | None:
-    """Estimates the peak of one training step of a plan.
+def estimate_from_plan(plan: Plan, *, cuda: bool = True) -> MemoryEstimate | None:
+    """Estimates the memory of a plan's training step; see :func:`setting_from_plan`."""
+    setting = setting_from_plan(plan, cuda=cuda)
+    return None if setting is None else estimate_memory(setting)
 
-    Rows are taken at full length (``data.max_length``). ``training.precision: auto`` is taken as 16 bit, as on a GPU.
+
+def setting_from_plan(plan: Plan, *, cuda: bool = True) -> Setting | None:
+    """Returns what the memory of a plan depends on.
+
+    Rows are taken at full length (``data.max_length``) and, unless they are packed, as padded where a batch has more
+    than one. ``training.precision: auto`` is 16 bit on a GPU and float32 on the CPU.
+
+    Args:
+        plan: The plan.
+        cuda: For a GPU; ``False`` for the CPU.
 
     Returns:
-        Bytes by component, or None when the model's shape or number of weights is not known before it is loaded.
+        The setting, or ``None`` when the model's shape is not known before it is loaded.
     """
-    spec, facts = plan.spec, plan.facts
-    if facts is None or facts.num_parameters is None or plan.derived.num_frozen_layers is None:
+    spec, facts, num_frozen = plan.spec, plan.facts, plan.derived.num_frozen_layers
+    if facts is None or num_frozen is None or facts.num_parameters is None:
         return None
-    num_frozen = plan.derived.num_frozen_layers
-    num_trainable = _count_trainable(spec, facts, num_frozen)
-    if num_trainable is None:
+    is_reward = spec.method == "reward"
+    trained = list_trained_tensors(facts, spec.lora, spec.freeze, num_frozen, score_head=is_reward)
+    if trained is None:
         return None
-    compute_bytes = _BYTES.get(spec.training.precision, 2)
-    embeddings_train = spec.lora is None and not _freezes_embeddings(spec)
-    num_adapter = num_trainable if spec.lora else 0
-    return estimate_memory(
-        weights_bytes=_estimate_weights(spec, facts, compute_bytes)
-        + 4 * num_adapter
-        + _estimate_reference(facts, spec, compute_bytes),
-        num_trainable_parameters=num_trainable,
-        layer=layer_shape(facts),
-        num_layers=facts.num_hidden_layers,
-        vocab_size=facts.vocab_size,
-        # A row of preferences is two sequences: chosen and rejected, or an answer and one to compare it with.
-        batch_size=spec.training.per_device_train_batch_size * (1 if spec.method == "sft" else 2),
+    mixed = _BYTES.get(spec.training.precision, 2 if cuda else 4)
+    weight_bytes = _BYTES.get(spec.model.dtype, mixed if spec.lora else 4)
+    compute_bytes = min(mixed, weight_bytes)
+    whole = spec.lora.modules_to_save if spec.lora else []
+    embeddings_train = _trains_embeddings(spec, whole)
+    granule = 512 if cuda else 1
+    quantized = spec.quantization
+    return Setting(
+        facts=facts,
+        batch_size=spec.training.per_device_train_batch_size,
         sequence_length=spec.data.max_length,
-        # Trained embeddings below frozen layers need a backward pass through them.
-        num_frozen_prefix_layers=0 if embeddings_train else num_frozen,
-        activation_checkpointing=spec.training.activation_checkpointing,
-        optim=spec.training.optim,
-        lora_rank=spec.lora.r if spec.lora else None,
-        trainable_bytes=_trainable_bytes(spec),
+        weights_bytes=weigh_model(
+            facts,
+            weight_bytes,
+            quantized_bits=quantized.bits if quantized else None,
+            double_quant=quantized.bnb_4bit_use_double_quant if quantized else True,
+            granule_bytes=granule,
+            score_head=is_reward,
+        )
+        or 0,
+        trained=trained,
+        adapters=_describe_adapters(facts, spec.lora),
+        quantized_bits=quantized.bits if quantized else None,
+        weight_bytes=weight_bytes,
+        trained_bytes=4 if spec.lora else weight_bytes,
         compute_bytes=compute_bytes,
-        quantized=spec.quantization is not None,
-        head_trains=spec.lora is None and (not facts.tie_word_embeddings or embeddings_train),
-        ema_on_device=spec.ema is not None and spec.ema.device == "auto",
+        autocast=mixed < 4,
+        cuda=cuda,
+        # Trained embeddings below frozen layers need a backward pass through them.
+        num_frozen_layers=0 if embeddings_train else num_frozen,
+        embeddings_train=embeddings_train,
+        head_trains=_trains_head(spec, facts, embeddings_train),
+        activation_checkpointing=spec.training.activation_checkpointing,
+        accumulation_steps=spec.training.gradient_accumulation_steps,
+        optim=spec.training.optim,
+        ema="" if spec.ema is None else "cpu" if spec.ema.device == "cpu" or not cuda else "device",
+        pairs=spec.method != "sft",
+        reference_forward=spec.method in ("dpo", "kto") and not spec.preference.precompute_ref_log_probs,
+        reference_bytes=_weigh_reference(facts, spec, trained, compute_bytes, granule),
+        loading_bytes=_weigh_loading(facts, weight_bytes) if quantized else 0,
+        attention=_choose_attention(spec, facts),
+        padded=_is_padded(spec),
+        packed=spec.data.packing or spec.data.padding_free,
+        loss="score" if is_reward else "plain" if spec.method in _PLAIN_LOSS else "fused",
+        eval_batch_size=spec.evaluation.per_device_eval_batch_size if _evaluates(spec) else 0,
     )
 
 
-def layer_shape(facts: ModelFacts) -> LayerShape:
-    """Returns the shape of one decoder layer; experts count as one layer as wide as those a token visits."""
-    width = facts.moe_intermediate_size or facts.intermediate_size
-    return LayerShape(
-        hidden_size=facts.hidden_size,
-        query_size=facts.num_attention_heads * facts.head_dim,
-        key_size=facts.num_key_value_heads * facts.head_dim,
-        intermediate_size=width * (facts.num_experts_per_tok or 1),
-        num_attention_heads=facts.num_attention_heads,
-    )
-
-
-def count_lora_parameters(facts: ModelFacts, lora: LoraSection, num_frozen_layers: int = 0) -> int | None:
-    """Counts the weights of the adapters, and of the modules that are trained whole.
-
-    Units: weights. Source: PEFT; r x (inputs + outputs) for each linear layer with an adapter, with DoRA one more
-    weight per output.
-    """
-    modules = linear_modules(facts)
-    if modules is None:
+def _describe_adapters(facts: ModelFacts, lora: LoraSection | None) -> Adapters | None:
+    if lora is None:
         return None
-    count = 0
-    for name, inputs, outputs in modules:
-        if lora.target_modules == "all-linear" or name in lora.target_modules:
-            count += lora.r * (inputs + outputs) + (outputs if lora.use_dora else 0)
-    whole = sum(
-        count_embedding_parameters(facts) for name in lora.modules_to_save if name in ("embed_tokens", "lm_head")
-    )
-    return count * (facts.num_hidden_layers - num_frozen_layers) + whole
+    names = [name for name, _, _ in linear_modules(facts) or []]
+    targets = names if lora.target_modules == "all-linear" else lora.target_modules
+    return Adapters(lora.r, tuple(sorted(set(targets))), lora.lora_dropout, lora.use_dora)
 
 
-def _count_trainable(spec: RunSpec, facts: ModelFacts, num_frozen: int) -> int | None:
-    if spec.lora:
-        return count_lora_parameters(facts, spec.lora, num_frozen)
-    if facts.num_parameters is None:
-        return None
-    embeddings = count_embedding_parameters(facts)
-    both = embeddings if facts.tie_word_embeddings else 2 * embeddings
-    # Norms and biases are too few to matter here, so the layers share the rest alike.
-    in_layers = (facts.num_parameters - both) * (facts.num_hidden_layers - num_frozen) // facts.num_hidden_layers
-    return in_layers + both - (embeddings if _freezes_embeddings(spec) else 0)
-
-
-def _freezes_embeddings(spec: RunSpec) -> bool:
-    if spec.freeze is None:
+def _trains_embeddings(spec: RunSpec, whole: list[str]) -> bool:
+    if freezes_embeddings(spec.freeze, whole):
         return False
-    return spec.freeze.first is not None if spec.freeze.embeddings is None else spec.freeze.embeddings
+    return spec.lora is None or "embed_tokens" in whole
 
 
-def _estimate_weights(spec: RunSpec, facts: ModelFacts, compute_bytes: int) -> int:
-    """Estimates the base model's weights as the run loads them: frozen in compute format, trained in float32."""
-    by_default = compute_bytes if spec.lora else 4
-    bytes_per_parameter = _BYTES.get(spec.model.dtype, by_default)
-    quantized = count_linear_parameters(facts) if spec.quantization else 0
-    return estimate_weights_bytes(
-        facts.num_parameters or 0,
-        bytes_per_parameter,
-        quantized or 0,
-        spec.quantization.bits if spec.quantization else 4,
-        spec.quantization.bnb_4bit_use_double_quant if spec.quantization else True,
-    )
+def _trains_head(spec: RunSpec, facts: ModelFacts, embeddings_train: bool) -> bool:
+    if facts.tie_word_embeddings:
+        return embeddings_train
+    return spec.lora is None or "lm_head" in spec.lora.modules_to_save
 
 
-def _estimate_reference(facts: ModelFacts, spec: RunSpec, compute_bytes: int) -> int:
-    """Estimates a second model as the reference: whole training has one, adapters are switched off instead."""
-    has_model = spec.method in ("dpo", "kto") and spec.lora is None and not spec.preference.precompute_ref_log_probs
-    return (facts.num_parameters or 0) * compute_bytes if has_model else 0
+def _weigh_reference(
+    facts: ModelFacts, spec: RunSpec, trained: dict[int, int], bytes_per_weight: int, granule: int
+) -> int:
+    """Returns the bytes of the model or adapter that dpo and kto compare with; base under LoRA needs none."""
+    if spec.method not in ("dpo", "kto"):
+        return 0
+    wanted = spec.preference.reference
+    if spec.lora:
+        is_base = wanted == "base" or (wanted == "auto" and spec.model.adapter is None)
+        return 0 if is_base else weigh_tensors(trained, 4, granule)
+    if spec.preference.precompute_ref_log_probs and wanted in ("auto", "base"):
+        return 0
+    return weigh_model(facts, bytes_per_weight, granule_bytes=granule) or 0
 
 
-def _trainable_bytes(spec: RunSpec) -> int:
-    """Returns the bytes of a trained weight: adapters are float32, a whole model is what ``model.dtype`` says."""
-    return 4 if spec.lora else _BYTES.get(spec.model.dtype, 4)
+def _weigh_loading(facts: ModelFacts, weight_bytes: int) -> int:
+    """Returns the largest linear layer before it is quantised: weights are quantised one after the other."""
+    return weight_bytes * max((inputs * outputs for _, inputs, outputs in linear_modules(facts) or []), default=0)
+
+
+def _choose_attention(spec: RunSpec, facts: ModelFacts) -> str:
+    wanted, family = spec.model.attn_implementation, find_family(facts)
+    if wanted == "auto":
+        return "sdpa" if family is None or family.has_sdpa else "eager"
+    return "flash" if wanted == "flash_attention_2" else wanted
+
+
+def _is_padded(spec: RunSpec) -> bool:
+    joined = spec.data.packing or spec.data.padding_free
+    rows = spec.training.per_device_train_batch_size * (1 if spec.method == "sft" else 2)
+    return not joined and rows > 1 and spec.model.attn_implementation != "flash_attention_2"
+
+
+def _evaluates(spec: RunSpec) -> bool:
+    return spec.data.eval is not None or spec.data.eval_fraction is not None or spec.data.eval_rows is not None

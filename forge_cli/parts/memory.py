@@ -1,4 +1,4 @@
-"""Peak memory of this process, on the GPU if there is one."""
+"""Peak memory of this process by phase, on the GPU if there is one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,66 @@ import resource
 import sys
 
 import torch
+from transformers import TrainerCallback
 
 
-def reset_peak_memory() -> None:
-    """Starts a new peak on the GPU; a process's resident peak cannot be reset."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def has_counter() -> bool:
+    """Whether torch counts allocated memory here; without a GPU only the whole process's is known."""
+    return torch.cuda.is_available()
 
 
-def peak_memory_bytes() -> int:
-    """Returns the peak of the GPU's allocated memory, or of this process's resident memory without a GPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+class MemoryCallback(TrainerCallback):
+    """Reads torch's counters at the borders of a run's phases; reading them costs no synchronisation.
+
+    Attributes:
+        phases: Phase to its highest allocated bytes (``load``, ``forward and backward``, ``optimizer step``,
+            ``evaluation``); empty without a GPU.
+    """
+
+    def __init__(self) -> None:
+        self.phases: dict[str, int] = {}
+
+    def mark(self, phase: str) -> None:
+        """Ends a phase: its highest point is kept, and a new one begins."""
+        if has_counter():
+            self.phases[phase] = max(self.phases.get(phase, 0), torch.cuda.max_memory_allocated())
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_bytes(self) -> int:
+        """Returns the training's peak: allocated on the GPU, else resident bytes of this process."""
+        if has_counter():
+            in_training = [size for phase, size in self.phases.items() if phase != "load"]
+            return max([*in_training, torch.cuda.max_memory_allocated()])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def describe_device(self) -> dict[str, object]:
+        """Returns ``gpu``, and the bytes that torch has reserved and the driver has given out; empty without one."""
+        if not has_counter():
+            return {}
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "gpu": torch.cuda.get_device_name(0),
+            "allocated_bytes": self.peak_bytes(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "device_bytes": total - free,
+            "total_bytes": total,
+        }
+
+    # What the Trainer calls -----------------------------------------------------------------------------------
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        """A micro step that is no update yet."""
+        self.mark("forward and backward")
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """The last micro step before an update."""
+        self.mark("forward and backward")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """An update is made."""
+        self.mark("optimizer step")
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """An evaluation is over."""
+        self.mark("evaluation")

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from forge_cli.errors import DivergedError
 from forge_cli.parts.layers import ParameterGroups, measure_norms
-from forge_cli.parts.memory import peak_memory_bytes
+from forge_cli.parts.memory import MemoryCallback
 
 Record = dict[str, object]
 MOST_OVERFLOWS = 20
@@ -47,6 +47,7 @@ class MonitorCallback(TrainerCallback):
         metrics_path: JSON-lines file to append to; ``None`` keeps records in memory only.
         on_record: Called with every record, in order.
         name_rows: Writes where rows stand.
+        memory: Reads the peak of memory.
     """
 
     def __init__(
@@ -58,12 +59,14 @@ class MonitorCallback(TrainerCallback):
         metrics_path: Path | None = None,
         on_record: Callable[[Record], None] | None = None,
         name_rows: Callable[[Sequence[int]], list[str]] | None = None,
+        memory: MemoryCallback | None = None,
     ) -> None:
         self.check_gradients = check_gradients
         self.spike_ratio = spike_ratio
         self.metrics_path = metrics_path
         self.on_record = on_record
         self.name_rows = name_rows or _number_rows
+        self._memory = memory
         self.records: list[Record] = []
         self.alarms: list[Record] = []
         self.num_tokens = 0
@@ -74,6 +77,13 @@ class MonitorCallback(TrainerCallback):
         self._num_overflows = 0
         self._last_time = 0.0
         self._clear_step()
+
+    @property
+    def memory(self) -> MemoryCallback:
+        """Reads the peak of memory."""
+        if self._memory is None:
+            self._memory = MemoryCallback()
+        return self._memory
 
     def _clear_step(self) -> None:
         """Forgets the micro steps of the last step, also of one that was interrupted."""
@@ -208,7 +218,7 @@ class MonitorCallback(TrainerCallback):
                 width = len(self._groups.labels)
                 start = 2 * len(pending) + place * width
                 record["group_norms"] = dict(zip(self._groups.labels, flat[start : start + width], strict=True))
-                record["peak_memory_bytes"] = peak_memory_bytes()
+                record["peak_memory_bytes"] = self.memory.peak_bytes()
             self._write(record)
             if not entry.get("skipped"):
                 self._judge(entry["step"], record["loss"], total)

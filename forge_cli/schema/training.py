@@ -25,6 +25,8 @@ class TrainingSection(Section):
         "adamw_bnb_8bit",
         "paged_adamw_8bit",
         "paged_adamw_32bit",
+        "lion_32bit",
+        "lion_8bit",
         "adafactor",
         "sgd",
     ] = Field(default="adamw_torch_fused", description="Optimizer.")

@@ -1,0 +1,99 @@
+"""What the memory of a training step depends on, as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from forge_cli.facts.shape import ModelFacts
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """LoRA adapters.
+
+    Attributes:
+        rank: Rank.
+        targets: Names of the linear layers that have one.
+        dropout: Dropout on their input (0 to 1).
+        dora: Weight-decomposed adapters.
+    """
+
+    rank: int
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+    dora: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One training step on one device.
+
+    Attributes:
+        facts: Shape of the model.
+        batch_size: Sequences of one micro step.
+        sequence_length: Tokens of one sequence, padding included.
+        weights_bytes: All weights as they are held, without adapters.
+        trained: Sizes of the trained tensors, and how many of each there are.
+        adapters: LoRA adapters; ``None`` trains the weights themselves.
+        quantized_bits: 4 or 8 for quantised linear layers; ``None`` for none.
+        double_quant: The scales of 4-bit weights are quantised too.
+        weight_bytes: Bytes per weight that is not quantised.
+        trained_bytes: Bytes per trained weight.
+        compute_bytes: Bytes per number in multiplications.
+        autocast: Whether torch casts the inputs of multiplications (mixed precision).
+        cuda: The step runs on a GPU; ``False`` for the CPU.
+        num_frozen_layers: First decoder layers that run without autograd.
+        embeddings_train: The input embeddings are trained.
+        head_trains: The output layer is trained.
+        activation_checkpointing: Layers keep their input only and run again in the backward pass.
+        accumulation_steps: Micro steps per optimizer step; the batches of all of them are on the device, and from the
+            second on gradients exist already.
+        optim: A value of ``training.optim``.
+        ema: Where averaged weights are: ``device``, ``cpu`` or ``""`` for none.
+        pairs: A row is two sequences (preference methods).
+        reference_forward: A second forward pass without gradients runs while activations are alive.
+        attention: ``flash``, ``sdpa`` or ``eager``.
+        padded: Rows are padded to one length, so attention takes a mask.
+        packed: Several rows share a sequence, told apart by their positions: without flash attention that takes a mask.
+        reference_bytes: Weights of a second model, or of a second adapter.
+        loading_bytes: What loading needs beside the weights.
+        loss: ``fused`` (the logits of the whole vocabulary never exist at once), ``plain`` (they do) or ``score``
+            (one number per sequence).
+        eval_batch_size: Sequences of one evaluation step.
+    """
+
+    facts: ModelFacts
+    batch_size: int
+    sequence_length: int
+    weights_bytes: int
+    trained: Mapping[int, int] = field(default_factory=dict)
+    adapters: Adapters | None = None
+    quantized_bits: int | None = None
+    double_quant: bool = True
+    weight_bytes: int = 2
+    trained_bytes: int = 4
+    compute_bytes: int = 2
+    autocast: bool = True
+    cuda: bool = True
+    num_frozen_layers: int = 0
+    embeddings_train: bool = False
+    head_trains: bool = False
+    activation_checkpointing: bool = True
+    accumulation_steps: int = 1
+    optim: str = "adamw_torch_fused"
+    ema: str = ""
+    pairs: bool = False
+    reference_forward: bool = False
+    attention: str = "sdpa"
+    padded: bool = False
+    packed: bool = False
+    reference_bytes: int = 0
+    loading_bytes: int = 0
+    loss: str = "fused"
+    eval_batch_size: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences of one micro step, both answers of a pair counted."""
+        return self.batch_size * (2 if self.pairs else 1)
