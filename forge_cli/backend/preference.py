@@ -42,6 +42,17 @@ def mean_rewards(batches: Mapping[str, Sequence[float]], answers: Sequence[tuple
     return found
 
 
+def drop_ties(figures: dict[str, list[float]]) -> None:
+    """Takes back the latest batch's share of wins if all its rewards are 0, which TRL counts as lost.
+
+    So they are while the model is its own reference: before the first update, and as long as the rate is 0.
+    """
+    if not any(figures[f"rewards/{name}"][-1] for name in ("chosen", "rejected", "margins")):
+        figures["rewards/accuracies"].pop()
+        if not figures["rewards/accuracies"]:
+            del figures["rewards/accuracies"]
+
+
 def _weighted_mean(values: Sequence[float], weights: Sequence[int]) -> float:
     return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
@@ -126,6 +137,12 @@ class ForgeDPOTrainer(PreferenceTrainer, DPOTrainer):
 
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
+    def compute_loss(self, *args, **kwargs):
+        """Computes TRL's loss; notes no share of wins where nobody can win."""
+        result = super().compute_loss(*args, **kwargs)
+        drop_ties(self._metrics["train" if self.model.training else "eval"])
+        return result
+
 
 class ForgeKTOTrainer(PreferenceTrainer, KTOTrainer):
     """KTOTrainer on Forge's rows; the mismatched answers of its KL term are made when a batch is."""
@@ -135,12 +152,20 @@ class ForgeKTOTrainer(PreferenceTrainer, KTOTrainer):
         """The answers' own log probabilities, and those of the mismatched ones where the loss has a KL term."""
         return ("ref_logps", "ref_KL_logps") if self.calculate_KL else ("ref_logps",)
 
+    @property
+    def stand_in(self) -> list[int]:
+        """The mismatched answer of a row that is alone in its batch, as the last of an epoch or evaluation may be."""
+        return self.train_dataset[0]["completion_ids"]
+
     def reshape_rows(self, examples: list[dict]) -> list[dict]:
-        """Gives every prompt the answer of the row before it in the batch."""
+        """Gives every prompt the answer of the row before it in the batch; TRL would give a lone row its own.
+
+        Then the KL term would be that row's own reward, which the loss takes off the reward.
+        """
         if not self.calculate_KL:
             return examples
         answers = [one["completion_ids"] for one in examples]
-        others = [answers[-1], *answers[:-1]]
+        others = [answers[-1], *answers[:-1]] if len(answers) > 1 else [self.stand_in]
         return [{**one, "KL_completion_ids": other} for one, other in zip(examples, others, strict=True)]
 
     def count_answers(self, inputs: dict) -> tuple[int, int]:

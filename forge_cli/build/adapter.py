@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import set_seed
 
 from forge_cli.errors import ModelError
 from forge_cli.facts.layer_count import count_frozen_layers
-from forge_cli.facts.model_facts import locate_model
+from forge_cli.parts.adapter_inputs import leave_inputs_to_autocast
 from forge_cli.parts.freeze import FreezeReport, freeze_layers
 from forge_cli.parts.layers import count_parameters, find_decoder_layers, find_layer_prefix, find_linear_names
 from forge_cli.schema.adapter import FreezeSection, LoraSection
@@ -60,8 +61,9 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
         # PEFT draws the adapters' start from the global generator.
         set_seed(spec.seed)
         if spec.model.adapter:
-            model = continue_adapter(model, spec.model.adapter, spec)
-            config = model.peft_config["default"]
+            config = read_adapter_config(spec.model.adapter)
+            config.lora_dropout = spec.lora.lora_dropout
+            model = load_adapter(model, spec.model.adapter, config, is_trainable=True)
         else:
             config = build_lora_config(
                 spec.lora, model, num_frozen, "SEQ_CLS" if spec.method == "reward" else "CAUSAL_LM"
@@ -71,6 +73,7 @@ def prepare_trainable(model: torch.nn.Module, spec: RunSpec) -> tuple[torch.nn.M
             if parameter.requires_grad:
                 # PEFT leaves modules_to_save in the base's format, where small updates are lost.
                 parameter.data = parameter.data.float()
+        leave_inputs_to_autocast(model)
         targets = tuple(sorted(config.target_modules))
         if not spec.model.adapter:
             _check_adapters(model, num_frozen, num_layers)
@@ -105,6 +108,10 @@ def build_lora_config(
             targets = names
         _refuse_strangers(model, "target_modules", targets, names)
         _refuse_strangers(model, "modules_to_save", lora.modules_to_save, ["embed_tokens", "lm_head"])
+        # Eyes have layers of the same names; text would never train an adapter there.
+        namesakes = rf"(?!{re.escape(find_layer_prefix(model))}\.).*\.({'|'.join(names)})"
+        if any(re.fullmatch(namesakes, name) for name, _ in model.named_modules()):
+            options["exclude_modules"] = namesakes
         if num_frozen_layers:
             # PEFT takes layer numbers only beside a list of names, and the name of the list of layers.
             prefix = find_layer_prefix(model)
@@ -122,39 +129,6 @@ def build_lora_config(
         init_lora_weights=lora.init_lora_weights,
         **options,
     )
-
-
-def continue_adapter(model: torch.nn.Module, folder: str, spec: RunSpec) -> PeftModel:
-    """Puts a saved adapter on the model, to be trained further.
-
-    Args:
-        model: The base model.
-        folder: What ``save_pretrained`` of PEFT, or an earlier run, wrote.
-        spec: The run file, whose ``lora`` section has to describe this adapter.
-
-    Raises:
-        ModelError: It is of another base or of another shape, or does not fill every adapter.
-    """
-    config = read_adapter_config(folder)
-    where = f"model.adapter {folder}"
-    base = config.base_model_name_or_path or ""
-    if base and Path(base).name != Path(locate_model(spec.model.name)).name:
-        raise ModelError(
-            f"the adapter was trained on {base}, and model.name is {spec.model.name}",
-            where=where,
-            why="on other weights it means nothing",
-            fix="name the adapter's base; if it only moved, change base_model_name_or_path in adapter_config.json",
-        )
-    differences = [
-        f"{name} is {wanted} in the run file and {had} in the adapter"
-        for name in ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
-        if (wanted := _as_set(getattr(spec.lora, name))) != (had := _as_set(getattr(config, name)))
-        and wanted != "all-linear"
-    ]
-    if differences:
-        raise ModelError("; ".join(differences), where=where, fix="write the adapter's values under lora")
-    config.lora_dropout = spec.lora.lora_dropout
-    return load_adapter(model, folder, config, is_trainable=True)
 
 
 def read_adapter_config(folder: str) -> LoraConfig:
@@ -203,11 +177,6 @@ def load_adapter(
             fix="use the base model and settings that it was trained with",
         )
     return model
-
-
-def _as_set(value: object) -> object:
-    """Makes lists comparable: PEFT keeps names as sets, and none as ``None``."""
-    return value if isinstance(value, (str, int, float)) else sorted(value or ())
 
 
 def _refuse_strangers(model: torch.nn.Module, field: str, wanted: Sequence[str], examples: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,11 +15,13 @@ from forge_cli.data.prepare import Say, TokenSet, prepare_tokens
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport
 from forge_cli.data.row_tokens import Limits, Question, RowTokenizer
 from forge_cli.data.scan import Place, Scan, find_place, read_again, scan_rows
+from forge_cli.data.stream_order import BUFFER_BYTES, BUFFER_ROWS, mix_rows
 from forge_cli.errors import DataError
 from forge_cli.parts.labels import IGNORED
 from forge_cli.parts.rendering import Renderer
 from forge_cli.schema.data import list_sources
 from forge_cli.schema.runspec import RunSpec
+from forge_cli.units import format_bytes
 
 __all__ = ["PreparedData", "Question", "prepare_data"]
 
@@ -98,10 +102,10 @@ def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
     data = spec.data
     scan = scan_rows("train", list_sources(data.train), data, spec.method)
     say(
-        f"streaming {sum(scan.counts)} rows ({scan.kind}) in the order of the file: "
-        "their tokens are made while training"
+        f"streaming {sum(scan.counts)} rows ({scan.kind}), mixed within a buffer of {BUFFER_ROWS} rows or "
+        f"{format_bytes(BUFFER_BYTES)}: their tokens are made while training"
     )
-    report = DataReport([SplitReport("train", scan.kind, scan.num_rows, rows_bad=scan.bad.count)])
+    report = DataReport([SplitReport("train", scan.kind, scan.num_rows, data.max_length, scan.bad.count)])
     held_back, questions = None, ()
     if data.eval is not None:
         alone = data.model_copy(update={"train": data.eval, "eval": None, "streaming": False})
@@ -115,23 +119,25 @@ def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
         "report": report.splits[0],
         "make": lambda: RowTokenizer(Renderer(tokenizer), limits),
         "max_lost_ratio": data.max_lost_ratio,
+        "seed": spec.seed,
     }
     stream = IterableDataset.from_generator(_generate_rows, gen_kwargs=rows)
     return PreparedData(stream, held_back, questions, report, scan.places)
 
 
 def _generate_rows(
-    scan: Scan, report: SplitReport, make: Callable[[], RowTokenizer], max_lost_ratio: float
+    scan: Scan, report: SplitReport, make: Callable[[], RowTokenizer], max_lost_ratio: float, seed: int
 ) -> Iterator[dict[str, object]]:
     """Yields rows, epoch after epoch, and counts what becomes of them; what would end a run before, ends it here."""
     tokenizer = make()
     limits = tokenizer.limits
     # A trainer starts a stream more than once: to look at its columns, and to train.
-    vars(report).update(vars(SplitReport(report.name, report.format, report.rows_read, rows_bad=len(scan.skipped))))
+    known = report.name, report.format, report.rows_read, report.max_length
+    vars(report).update(vars(SplitReport(*known, rows_bad=len(scan.skipped))))
     counter = SplitCounter(report, scan.describe)
-    is_first = True
-    while is_first or report.rows_kept:
-        for _, number, values in read_again(scan):
+    for epoch in itertools.count():
+        # Text seeds are hashed the same way in every process.
+        for _, number, values in mix_rows(read_again(scan), random.Random(f"{seed}:{epoch}")):
             (outcome,) = tokenizer.tokenize([(number, values, False)])
             if outcome.status == "bad":
                 scan.refuse(number, outcome.what)
@@ -143,17 +149,17 @@ def _generate_rows(
                     where=scan.describe(number),
                     fix="raise data.max_length, or set data.on_overlong: drop or truncate",
                 )
-            elif is_first:
+            elif not epoch:
                 counter.add(outcome, 1)
             for columns in outcome.columns:
                 named = {name: list(one) if name.endswith("s") else one for name, one in columns.items()}
                 yield {**named, "row": number}
-        if is_first:
+        if not epoch:
             counter.finish()
             refuse_losses(report, limits.max_length, max_lost_ratio)
-        is_first = False
-    raise DataError(
-        f"no row is left to train on: none fits into data.max_length {limits.max_length}",
-        where=", ".join(source.path for source in scan.sources),
-        fix="raise data.max_length",
-    )
+        if not report.rows_kept:
+            raise DataError(
+                f"no row is left to train on: none fits into data.max_length {limits.max_length}",
+                where=", ".join(source.path for source in scan.sources),
+                fix="raise data.max_length",
+            )

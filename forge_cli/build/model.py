@@ -15,6 +15,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from forge_cli.build.compute import Compute, dtype_name
+from forge_cli.data.hub import explain_loading
 from forge_cli.errors import MachineError, ModelError
 from forge_cli.facts.model_facts import locate_model
 from forge_cli.schema.model import QuantizationSection
@@ -28,7 +29,8 @@ def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
 
     Raises:
         ModelError: The weights are missing, pickled or of an unknown kind.
-        MachineError: bitsandbytes is wanted and not installed.
+        MachineError: bitsandbytes is wanted and not installed, or the weights are not on this machine and the hub
+            cannot be reached.
     """
     place = locate_model(spec.model.name)
     options: dict[str, object] = {
@@ -48,11 +50,7 @@ def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
     try:
         model = kind.from_pretrained(place, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(
-            f"{spec.model.name} cannot be loaded: {_first_line(error)}",
-            where="model.name",
-            fix="check the name, or download it to a folder and give its path (safetensors only)",
-        ) from error
+        raise explain_loading(error, place, f"the model {spec.model.name}") from error
     model.config.use_cache = False
     if compute.device == "cpu":
         keep_4bit_exact(model)
@@ -152,8 +150,3 @@ def describe_model(spec: RunSpec, compute: Compute, model: torch.nn.Module) -> s
         kind = spec.quantization.bnb_4bit_quant_type if spec.quantization.bits == 4 else "int8"
         held = f"{kind} ({spec.quantization.bits}-bit), rest {held}"
     return f"{spec.model.name}: weights {held}, compute {dtype_name(compute.dtype)}, attention {attention}"
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

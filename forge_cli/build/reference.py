@@ -86,7 +86,7 @@ def _load_frozen(spec: RunSpec, compute: Compute, folder: str | None) -> torch.n
 
 def install_reference(
     trainer: PreferenceTrainer, spec: RunSpec, reference: Reference, compute: Compute, say: Callable[[str], None]
-) -> None:
+) -> dict[str, object]:
     """Gives a built trainer its reference, runs it beforehand if the plan says so, and tests the start.
 
     Args:
@@ -96,6 +96,10 @@ def install_reference(
         compute: Device and number formats.
         say: Takes what a user should know.
 
+    Returns:
+        For the report: ``text`` (what the reference is), ``start`` (what was measured, in words), ``start_loss`` and
+        ``start_margin`` (of rewards: beta times nats).
+
     Raises:
         ModelError: The reference does not fit, or is not what the model starts from.
     """
@@ -103,7 +107,11 @@ def install_reference(
     attach_reference(trainer, reference)
     if spec.preference.precompute_ref_log_probs:
         precompute_reference(trainer, compute, say)
-    say(check_start(trainer, spec, reference, compute))
+    start = trainer.measure_start()
+    words = check_start(start, spec, reference, compute)
+    say(words)
+    margin = start.get("rewards/margins")
+    return {"text": reference.text, "start": words, "start_loss": start["loss"], "start_margin": margin}
 
 
 def attach_reference(trainer: PreferenceTrainer, reference: Reference) -> None:
@@ -147,8 +155,8 @@ def precompute_reference(trainer: PreferenceTrainer, compute: Compute, say: Call
         batch_size = getattr(trainer.args, f"per_device_{split}_batch_size")
         if dataset is None:
             continue
-        # KTO's mismatched answers are those of the same batch.
-        paired = batch_size if "ref_KL_logps" in names else 0
+        # KTO's mismatched answers are those of the same batch, or one of the training rows.
+        paired = f"{batch_size} {trainer.stand_in}" if "ref_KL_logps" in names else 0
         key = fingerprint_rows(dataset, weights, formats, str(paired), *names)
         columns = find_cached(key, names, len(dataset))
         if columns is None:
@@ -164,7 +172,7 @@ def precompute_reference(trainer: PreferenceTrainer, compute: Compute, say: Call
     release_reference(trainer)
 
 
-def check_start(trainer: PreferenceTrainer, spec: RunSpec, reference: Reference, compute: Compute) -> str:
+def check_start(start: dict[str, float], spec: RunSpec, reference: Reference, compute: Compute) -> str:
     """Tests before the first update that model and reference are what the run says they are.
 
     A model that starts as its own reference gets rewards of 0, and a sigmoid loss of ln 2.
@@ -175,7 +183,6 @@ def check_start(trainer: PreferenceTrainer, spec: RunSpec, reference: Reference,
     Raises:
         ModelError: They differ and should not.
     """
-    start = trainer.measure_start()
     margin = start.get("rewards/margins", 0.0)
     if not reference.is_start:
         return (

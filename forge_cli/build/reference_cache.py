@@ -13,6 +13,8 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from forge_cli.paths import cache_root
+
 _VERSION = "1"
 _TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "label")
 _ROWS_AT_ONCE = 1000
@@ -20,7 +22,7 @@ _ROWS_AT_ONCE = 1000
 
 def cache_folder() -> Path:
     """Returns where the log probabilities are kept: below ``$FORGE_CACHE``, or ``~/.cache/forge``."""
-    return Path(os.environ.get("FORGE_CACHE") or Path.home() / ".cache" / "forge").expanduser() / "reference"
+    return cache_root() / "reference"
 
 
 def fingerprint_weights(model: torch.nn.Module, *, without: str = "") -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_cli.data.hub import explain_loading
 from forge_cli.errors import ConfigError, ModelError
 from forge_cli.facts.model_facts import locate_model
 from forge_cli.schema.runspec import RunSpec
@@ -23,6 +24,7 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: It cannot be loaded, or is not a fast tokenizer (labels need character offsets).
+        MachineError: It is not on this machine, and the hub cannot be reached.
         ConfigError: ``model.chat_template`` cannot be read.
     """
     from transformers import AutoTokenizer
@@ -33,10 +35,14 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        raise ModelError(f"the tokenizer of {place} cannot be loaded: {first_line}", where="model.name") from error
+        raise explain_loading(error, place, f"the tokenizer of {place}") from error
     if not tokenizer.is_fast:
-        raise ModelError(f"{place} has no fast tokenizer", why="labels need the character of every token")
+        raise ModelError(
+            f"{place} has no fast tokenizer",
+            where="model.name",
+            why="labels need the character of every token",
+            fix="use a model that ships tokenizer.json",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 
 from forge_cli.cli.render import print_json
 from forge_cli.errors import DataError, MachineError
+from forge_cli.units import count_of
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)]
 Overrides = Annotated[
@@ -27,39 +30,44 @@ def check(
     """Read, judge and tokenise all rows, and count what becomes of them."""
     from forge_cli.data.report_text import list_notes, render_report
 
-    tokens, _ = _prepare(run_file, overrides)
+    with _prepared(run_file, overrides) as (tokens, _, _):
+        report, notes = tokens.report, list_notes(tokens.report)
     if json:
-        print_json({**tokens.report.as_dict(), "notes": list_notes(tokens.report)})
+        print_json({**report.as_dict(), "notes": notes})
     else:
-        print(render_report(tokens.report, with_histogram=True))
-    if strict and (notes := list_notes(tokens.report)):
-        raise DataError(f"--strict: {len(notes)} notes", where=str(run_file), fix=notes[0].removeprefix("note: "))
+        print(render_report(report, with_histogram=True))
+    if strict and notes:
+        raise DataError(
+            f"--strict: {count_of(len(notes), 'note', 'notes')}",
+            where=str(run_file),
+            fix=notes[0].removeprefix("note: "),
+        )
 
 
 def preview(
     run_file: RunFile,
     overrides: Overrides = None,
     row: Annotated[
-        list[int] | None, typer.Option("--row", metavar="N", help="Number of a source row; may be given again.")
+        list[int] | None,
+        typer.Option("--row", metavar="N", min=1, help="A source row, counted from 1; may be given again."),
     ] = None,
     html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page instead.")] = None,
     json: Json = False,
 ) -> None:
     """Show rows as they are trained: which text counts, and every special token."""
+    if html and json:
+        raise typer.BadParameter("--html writes a page and --json prints: give one of them")
     from forge_cli.data import preview as previews
 
-    tokens, tokenizer = _prepare(run_file, overrides)
-    found = previews.read_trained_rows(tokens.folder, tokenizer, rows=row)
-    rows = [(one, tokens.name_row(one.split, one.number)) for one in found]
-    if not rows:
-        raise DataError(
-            f"no trained row has the number {', '.join(map(str, row))}",
-            where=str(run_file),
-            fix="rows are numbered as in their file, and on through the next; a row that was dropped or left out is "
-            "not trained",
-        )
+    with _prepared(run_file, overrides) as (tokens, tokenizer, spec):
+        rows = list(previews.read_trained_rows(tokens, spec.data, tokenizer, rows=row))
+    if lacking := [str(one) for one in row or () if one not in {shown.row for shown in rows}]:
+        what = f"row {', '.join(lacking)} is not trained: it is bad, or was dropped or left out"
+        if not rows:
+            raise DataError(what, where=str(run_file), fix="`forge data check` counts what becomes of rows")
+        print(f"note: {what}", file=sys.stderr)
     if json:
-        print_json([previews.describe_row(*one) for one in rows])
+        print_json([previews.describe_row(one) for one in rows])
     elif html:
         try:
             html.write_text(previews.render_html(rows, f"Rows of {run_file.name}"), encoding="utf-8")
@@ -68,7 +76,7 @@ def preview(
         print(html)
     else:
         colour = sys.stdout.isatty()
-        print("\n\n".join(previews.render_terminal(*one, colour=colour) for one in rows))
+        print("\n\n".join(previews.render_terminal(one, colour=colour) for one in rows))
         if not colour:
             print("\ntrained text stands between [[ and ]]; ⏎ is a line break")
 
@@ -81,12 +89,10 @@ def parity(
     plan = run / "plan.yaml"
     if not plan.is_file():
         raise MachineError("this folder is not a run: it has no plan.yaml", where=str(run))
-    from forge_cli.resolve.plan import resolve_plan
+    with _prepared(plan) as (tokens, _, spec):
+        from forge_cli.run.data_stage import compare_with_template
 
-    tokens, _ = _prepare(plan, None)
-    from forge_cli.run.data_stage import compare_with_template
-
-    result = compare_with_template(run, tokens, resolve_plan(plan).spec)
+        result = compare_with_template(run, tokens, spec)
     if json:
         print_json(result)
     else:
@@ -101,14 +107,20 @@ def parity(
         )
 
 
-def _prepare(run_file: Path, overrides: list[str] | None):
+@contextlib.contextmanager
+def _prepared(run_file: Path, overrides: list[str] | None = None) -> Iterator[tuple]:
+    """Gives tokens, tokenizer and settings; while they are used, a hub that does not answer is not asked again."""
     from forge_cli.resolve.plan import resolve_plan
 
-    plan = resolve_plan(run_file, overrides or [])
+    spec = resolve_plan(run_file, overrides or []).spec
+    from forge_cli.data.hub import hub_or_copies
     from forge_cli.run.data_stage import check_data, torch_hidden
 
-    with torch_hidden():
-        return check_data(plan.spec, lambda text: print(text, file=sys.stderr, flush=True))
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    with torch_hidden(), hub_or_copies(spec, say):
+        yield *check_data(spec, say), spec
 
 
 FUNCTIONS = {"check": check, "preview": preview, "parity": parity}

@@ -17,6 +17,7 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only: no weights, nothing written.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -29,15 +30,17 @@ def train(
     for warning in plan.derived.warnings:
         reporter.say(f"note: {warning}")
     if dry_run:
-        from forge_cli.run.execute import describe_memory
+        from forge_cli.estimate.plan_memory import estimate_from_plan
+        from forge_cli.run.preflight import describe_estimate
 
         print(dump_plan(plan), end="")
-        print(describe_memory(plan), file=sys.stderr)
+        if (estimate := estimate_from_plan(plan)) is not None:
+            print(describe_estimate(estimate), file=sys.stderr)
         print("the plan holds; nothing was loaded and nothing was written", file=sys.stderr)
         return
-    from forge_cli.run.execute import train_plan
+    from forge_cli.run.execute import train as train_file
 
-    result = train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem)
+    result = train_file(run_file, overrides or [], overwrite=overwrite, force=force, reporter=reporter)
     if as_json:
         print(json.dumps(result.report, indent=1, ensure_ascii=False))
         return

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
-from forge_cli.parts.turns import RowError
+from forge_cli.parts.turns import RowError, describe_value
 
 Turns = list[dict[str, object]]
 _SPEAKERS = {
@@ -26,34 +27,36 @@ _SPEAKERS = {
 def read_turns(value: object, column: str) -> Turns:
     """Reads turns, also as ``from`` and ``value``, and as lists of text parts."""
     if not isinstance(value, list):
-        raise RowError(f"{column} is not a list of turns")
-    return [_read_turn(turn, number) for number, turn in enumerate(value, 1)]
+        raise RowError(f"{column} is not a list of turns, but {describe_value(value)}")
+    # Turns of two columns have the same numbers.
+    of = "" if column in ("messages", "conversations") else f" of {column}"
+    return [_read_turn(turn, f"turn {number}{of}") for number, turn in enumerate(value, 1)]
 
 
-def _read_turn(turn: object, number: int) -> dict[str, object]:
+def _read_turn(turn: object, place: str) -> dict[str, object]:
     if not isinstance(turn, Mapping):
-        raise RowError(f"turn {number} is not a mapping with role and content")
+        raise RowError(f"{place} is not a mapping with role and content")
     if "role" not in turn and "from" in turn:
         speaker = turn["from"]
         if not isinstance(speaker, str) or speaker not in _SPEAKERS:
-            raise RowError(f"turn {number} is from {speaker!r}; known are {', '.join(_SPEAKERS)}")
+            raise RowError(f"{place} is from {speaker!r}; known are {', '.join(_SPEAKERS)}")
         rest = {key: one for key, one in turn.items() if key not in ("from", "value")}
         turn = {"role": _SPEAKERS[speaker], "content": turn.get("value"), **rest}
     calls = turn.get("tool_calls")
     if calls and not isinstance(calls, list):
-        raise RowError(f"turn {number} has tool_calls that are not a list")
+        raise RowError(f"{place} has tool_calls that are not a list")
     if calls and "content" not in turn:
         turn = {**turn, "content": ""}
     if turn.get("role") is None or "content" not in turn:
-        raise RowError(f"turn {number} is not a mapping with role and content")
+        raise RowError(f"{place} is not a mapping with role and content")
     content = turn["content"]
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
-            raise RowError(f"turn {number} has content that is not text")
+            raise RowError(f"{place} has content that is not text, but a list of other things")
         turn = {**turn, "content": "".join(parts)}
     elif content is not None and not isinstance(content, str):
-        raise RowError(f"turn {number} has content that is not text")
+        raise RowError(f"{place} has content that is not text, but {describe_value(content)}")
     return turn if isinstance(turn, dict) else dict(turn)
 
 
@@ -71,6 +74,21 @@ def split_pair(chosen: Turns, rejected: Turns, prompt: object) -> tuple[Turns, T
     if isinstance(prompt, str) and prompt.strip() not in [str(turn["content"] or "").strip() for turn in asked]:
         raise RowError("the prompt is not what chosen and rejected begin with")
     return before, chosen[shared:], rejected[shared:]
+
+
+def split_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """Finds the prompt as the text that both begin with, cut back to the end of a word.
+
+    Line breaks behind that word belong to the prompt, a space to the answers: so do tokens.
+    """
+    first, second = chosen.rstrip(), rejected.rstrip()  # an answer is more than white space
+    same = [one == other for one, other in zip(first, second, strict=False)]
+    shared = end = same.index(False) if False in same else len(same)
+    while end and (first[end - 1].isspace() or not all(one[end : end + 1].isspace() for one in (first, second))):
+        end -= 1
+    if breaks := re.compile(r"\s*\n").match(first, end, shared):
+        end = breaks.end()
+    return chosen[:end], chosen[end:], rejected[end:]
 
 
 def check_order(turns: Turns) -> None:

@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from forge_cli.data.conversation import Turns, check_order, read_turns, split_pair
-from forge_cli.parts.turns import RowError
+from forge_cli.data.conversation import Turns, check_order, read_turns, split_pair, split_texts
+from forge_cli.parts.turns import RowError, describe_value
 
 Text = str | Turns
 
@@ -45,6 +45,7 @@ class Example(NamedTuple):
         tools: JSON schemas of functions.
         options: Variables for the chat template.
         label: Whether an unpaired answer is wanted.
+        is_prompt_found: The row names no prompt; it is the text that both answers begin with.
     """
 
     prompt: Text
@@ -52,6 +53,7 @@ class Example(NamedTuple):
     tools: list | None = None
     options: Mapping[str, object] = {}
     label: bool | None = None
+    is_prompt_found: bool = False
 
 
 def find_kind(columns: Sequence[str]) -> str | None:
@@ -147,6 +149,26 @@ def find_system(example: Example) -> str:
     return str(turns[0]["content"]) if is_chat and turns[0].get("role") == "system" else ""
 
 
+def _check_text(name: str, value: object, *, or_turns: bool = False) -> None:
+    """Refuses what is not text, by the column's name, and says what to write."""
+    if isinstance(value, str) or (or_turns and isinstance(value, list)):
+        return
+    found, wanted = describe_value(value), "text or a list of turns" if or_turns else "text"
+    fix = "; fill it in" if value is None else ""
+    if isinstance(value, (int, float)):
+        fix = f'; write "{found.removeprefix("the number ")}"'
+    raise RowError(f"{name} is {found}, not {wanted}{fix}")
+
+
+def _check_texts(row: Mapping[str, object], first: str, second: str) -> None:
+    """Refuses two columns that are not both text, where lists of turns would do as well."""
+    for name in (first, second):
+        _check_text(name, row[name], or_turns=True)
+    if not isinstance(row[first], str) or not isinstance(row[second], str):
+        found = f"{first} is {describe_value(row[first])} and {second} is {describe_value(row[second])}"
+        raise RowError(f"{found}; write both as text or both as lists of turns")
+
+
 def _read_messages(row: Mapping[str, object], has_template: bool) -> Example:
     turns = read_turns(row["messages"], "messages")
     check_order(turns)
@@ -166,16 +188,16 @@ def _read_prompt_completion(row: Mapping[str, object], has_template: bool) -> Ex
     if isinstance(prompt, list) and isinstance(completion, list):
         prompt, completion = read_turns(prompt, "prompt"), read_turns(completion, "completion")
         check_order([*prompt, *completion])
-    elif not isinstance(prompt, str) or not isinstance(completion, str):
-        raise RowError("prompt and completion must both be text or both be lists of turns")
+    else:
+        _check_texts(row, "prompt", "completion")
     return Example(prompt, (completion,))
 
 
 def _read_instruction(row: Mapping[str, object], has_template: bool) -> Example:
     instruction, extra, output = row["instruction"], row.get("input") or "", row["output"]
     system = row.get("system") or ""
-    if not all(isinstance(text, str) for text in (instruction, extra, output, system)):
-        raise RowError("instruction, input and output must be text")
+    for name, text in (("instruction", instruction), ("input", extra), ("output", output), ("system", system)):
+        _check_text(name, text)
     question = f"{instruction}\n\n{extra}" if extra else instruction
     if not has_template:
         return Example((f"{system}\n\n" if system else "") + question + "\n\n", (output,))
@@ -184,8 +206,7 @@ def _read_instruction(row: Mapping[str, object], has_template: bool) -> Example:
 
 
 def _read_text(row: Mapping[str, object], has_template: bool) -> Example:
-    if not isinstance(row["text"], str):
-        raise RowError(f"{type(row['text']).__name__} where text is wanted")
+    _check_text("text", row["text"])
     return Example("", (row["text"],))
 
 
@@ -208,13 +229,12 @@ def _read_tokens(row: Mapping[str, object], has_template: bool) -> Example:
 
 def _read_preference(row: Mapping[str, object], has_template: bool) -> Example:
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
-    if chosen == rejected:
+    is_prompt_found = False
+    if chosen == rejected and isinstance(chosen, (str, list)):
         raise RowError("chosen and rejected are the same, so there is nothing to prefer")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is not None and not isinstance(prompt, str):
-            raise RowError("the prompt is not text, but chosen and rejected are")
-        prompt = prompt or ""
-    elif isinstance(chosen, list) and isinstance(rejected, list):
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        if prompt is not None:
+            _check_text("prompt", prompt, or_turns=True)
         chosen, rejected = read_turns(chosen, "chosen"), read_turns(rejected, "rejected")
         if isinstance(prompt, list):
             prompt = read_turns(prompt, "prompt")
@@ -225,17 +245,21 @@ def _read_preference(row: Mapping[str, object], has_template: bool) -> Example:
             if not answer or answer[0]["role"] != "assistant":
                 raise RowError("an answer of the pair does not begin with an assistant turn")
     else:
-        raise RowError("chosen and rejected must both be text or both be lists of turns")
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(answer, str) and not answer.strip():
-            raise RowError(f"{name} is empty")
-    return Example(prompt, (chosen, rejected))
+        _check_texts(row, "chosen", "rejected")
+        for name in ("chosen", "rejected"):
+            if not row[name].strip():
+                raise RowError(f"{name} is empty")
+        if is_prompt_found := prompt is None or prompt == "":
+            prompt, chosen, rejected = split_texts(chosen, rejected)
+        _check_text("prompt", prompt)
+    return Example(prompt, (chosen, rejected), is_prompt_found=is_prompt_found)
 
 
 def _read_unpaired(row: Mapping[str, object], has_template: bool) -> Example:
     example = _read_prompt_completion(row, has_template)
     if row["label"] not in (True, False):
-        raise RowError(f"the label is {row['label']!r}; an answer is wanted (true) or not (false)")
+        shown = repr(row["label"]) if isinstance(row["label"], str) else describe_value(row["label"])
+        raise RowError(f"label is {shown}; an answer is wanted (true) or not (false)")
     if isinstance(example.answers[0], str) and not example.answers[0].strip():
         raise RowError("the completion is empty")
     return example._replace(label=bool(row["label"]))

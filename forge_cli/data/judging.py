@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from forge_cli.data.report import SplitReport
 from forge_cli.errors import DataError
 from forge_cli.schema.data import DataSection
+from forge_cli.units import count_of
 
 if TYPE_CHECKING:
     from forge_cli.data.store import TokenFolder
@@ -34,11 +35,13 @@ def judge_split(report: SplitReport, data: DataSection, tokenizer, target: Token
         _refuse_overlong(report, data, lost)
     if not report.rows_kept:
         raise DataError(
-            f"no row is left for {report.name}: of {report.rows_read} that were read, {report.rows_bad} are bad, "
-            f"{report.rows_unused} are left out or held back, and of {report.rows_dropped} no answer fits into "
+            f"no row is left for {report.name}: of {report.rows_read} that were read, "
+            f"{count_of(report.rows_bad, 'is', 'are')} bad, {count_of(report.rows_unused, 'is', 'are')} left out or "
+            f"held back, and of {report.rows_dropped} no answer fits into "
             f"data.max_length {data.max_length}",
             where=report.name,
-            why=f"{report.rows_dropped} rows are longer; the longest has {report.longest_tokens} tokens",
+            why=f"{count_of(report.rows_dropped, 'row is', 'rows are')} longer; the longest has "
+            f"{report.longest_tokens} tokens",
             fix=f"raise data.max_length to {report.longest_tokens}" if report.rows_dropped else "mend the bad rows",
         )
     refuse_losses(report, data.max_length, data.max_lost_ratio)
@@ -48,14 +51,15 @@ def judge_split(report: SplitReport, data: DataSection, tokenizer, target: Token
         and report.rows_wanted in (0, report.rows_kept)
     ):
         raise DataError(
-            f"all {report.rows_kept} answers are {'wanted' if report.rows_wanted else 'unwanted'}",
+            f"{'the only answer is' if report.rows_kept == 1 else f'all {report.rows_kept} answers are'} "
+            f"{'wanted' if report.rows_wanted else 'unwanted'}",
             where=report.name,
             why="there is nothing to tell apart",
             fix="add rows with the other label",
         )
     if not report.trained_tokens:
         raise DataError(
-            f"0 trained tokens in {report.rows_kept} rows of {report.name}",
+            f"0 trained tokens in {count_of(report.rows_kept, 'row', 'rows')} of {report.name}",
             where=report.name,
             why="all labels are masked, so nothing would be learned",
             fix="look at rows with `forge data preview`",
@@ -79,8 +83,8 @@ def refuse_losses(report: SplitReport, max_length: int, max_lost_ratio: float) -
     if report.rows_lost / report.rows_used > max_lost_ratio:
         share = 100 * report.rows_lost / report.rows_used
         raise DataError(
-            f"{report.rows_lost} of {report.rows_used} rows lose all or part of their answer at data.max_length "
-            f"{max_length} ({share:.1f} %, {_list_places(report)})",
+            f"{_count_share(report, report.rows_lost, 'loses all or part of its', 'lose all or part of their')} answer "
+            f"at data.max_length {max_length} ({share:.1f} %, {_list_places(report)})",
             where=report.name,
             why="what is cut is never learned, and an answer that is cut has no end",
             fix=f"raise data.max_length ({report.longest_tokens} keeps all), or allow it with data.max_lost_ratio: "
@@ -91,20 +95,25 @@ def refuse_losses(report: SplitReport, max_length: int, max_lost_ratio: float) -
 def _refuse_overlong(report: SplitReport, data: DataSection, lost: int) -> None:
     if data.on_overlong == "split":
         raise DataError(
-            f"{report.rows_dropped} rows ({report.format}) are longer than data.max_length {data.max_length} and "
-            f"cannot be split ({_list_places(report)})",
+            f"{_count_share(report, report.rows_dropped, 'is', 'are')} longer than data.max_length {data.max_length} "
+            f"and cannot be split, as the format is {report.format} ({_list_places(report)})",
             where=report.name,
             why="the rest of an answer would be trained without its question",
             fix="split is for text and tokens; use on_overlong: truncate or drop, or raise data.max_length to "
             f"{report.longest_tokens}",
         )
     raise DataError(
-        f"{lost} of {report.rows_used} rows are longer than data.max_length {data.max_length}; "
+        f"{_count_share(report, lost, 'is', 'are')} longer than data.max_length {data.max_length}; "
         f"the longest has {report.longest_tokens} tokens ({_list_places(report)})",
         where=report.name,
         why="cutting or dropping them unasked would change what is learned",
         fix=f"raise data.max_length to {report.longest_tokens}, or set data.on_overlong: drop or truncate",
     )
+
+
+def _count_share(report: SplitReport, count: int, one: str, many: str) -> str:
+    """Writes ``1 of 4 rows is``, ``2 of 4 rows are``."""
+    return f"{count} of {count_of(report.rows_used, 'row', 'rows')} {one if count == 1 else many}"
 
 
 def _list_places(report: SplitReport) -> str:
@@ -113,12 +122,15 @@ def _list_places(report: SplitReport) -> str:
 
 
 def render_histogram(report: SplitReport) -> str:
-    """Draws how many rows have which length, after cutting."""
+    """Draws how many rows have which length before cutting, and where ``max_length`` falls."""
     most = max((count for _, count in report.histogram), default=1)
     lines = [
-        f"  up to {edge:>7} tokens {count:>9} {'#' * round(_BAR * count / most)}" for edge, count in report.histogram
+        (end, f"  up to {end:>7} tokens {count:>9} {'#' * round(_BAR * count / most)}")
+        for end, count in report.histogram
     ]
-    return "\n".join(line.rstrip() for line in lines)
+    if report.max_length:
+        lines.append((report.max_length, f"  -- data.max_length {report.max_length} --"))
+    return "\n".join(line.rstrip() for _, line in sorted(lines, key=lambda one: one[0]))
 
 
 def _show_first(report: SplitReport, tokenizer, target: TokenFolder) -> str:

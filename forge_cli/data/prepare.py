@@ -14,7 +14,7 @@ from forge_cli.data.choosing import HELD_BACK, choose_rows
 from forge_cli.data.judging import judge_split
 from forge_cli.data.packing import count_sequences, count_steps
 from forge_cli.data.reading import DataFile, find_files, fingerprint_file
-from forge_cli.data.report import DataReport, SplitCounter, SplitReport, find_in_both
+from forge_cli.data.report import DataReport, SplitCounter, SplitReport, describe_both
 from forge_cli.data.row_tokens import Limits, Question
 from forge_cli.data.scan import Place, Scan, explain_change, find_place, read_again, scan_rows
 from forge_cli.data.store import TokenFolder, find_tokens, iterate_questions
@@ -24,8 +24,9 @@ from forge_cli.schema.data import list_sources
 from forge_cli.schema.runspec import RunSpec
 
 # Raise it when rows become other tokens than before.
-VERSION = 1
+VERSION = 3
 _SAY_EVERY_SECONDS = 5.0
+_SHOWN_FAULTS = 3
 Say = Callable[[str], None]
 
 
@@ -87,7 +88,7 @@ def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> To
         report = DataReport.from_dict({k: v for k, v in manifest["report"].items() if k != "places"})
         report.from_cache = True
         places = manifest["report"]["places"]
-    _count_steps(spec, report, folder)
+    _count_steps(spec, report)
     located = {
         split: tuple(Place(base, DataFile(name, path and Path(path), kind)) for base, (name, path, kind) in files)
         for split, files in places.items()
@@ -159,7 +160,9 @@ def _make_tokens(
     report.scanned_bytes, report.scan_seconds = target.input_bytes, round(scan_seconds, 3)
     report.tokenize_seconds = round(time.perf_counter() - began - scan_seconds, 3)
     if "eval" in counters:
-        report.rows_in_both, report.in_both_places = find_in_both(counters["train"], counters["eval"])
+        report.rows_in_both, report.in_both_places = describe_both(counters["train"], counters["eval"])
+    if spec.method == "sft":
+        _count_sequences(report, counters["train"], spec.data.max_length)
     report.system_prompt = scans[0].system_prompt
     report.has_plain_prompts = scans[0].has_plain_prompts and bool(tokenizer.chat_template)
     places = {
@@ -186,9 +189,9 @@ def _tokenize_scan(
     total = sum(scan.counts)
     splits = [scan.name] + (["eval"] if HELD_BACK in copies else [])
     for name in splits:
-        counters[name] = SplitCounter(SplitReport(name, scan.kind, scan.num_rows), scan.describe)
+        report = SplitReport(name, scan.kind, scan.num_rows, data.max_length)
+        counters[name] = SplitCounter(report, scan.describe, target.open_digests())
     counters[scan.name].report.rows_bad = scan.bad.count
-    counters[scan.name].report.bad_places = [f"{one.where}: {one.what}" for one in scan.bad.problems[:3]]
     writers = {name: target.open_split(name) for name in splits}
 
     def choose() -> Iterator[tuple[int, dict, bool]]:
@@ -216,6 +219,8 @@ def _tokenize_scan(
         target.rows_done += 1
         if outcome.question:
             target.add_question(outcome.question)
+    shown = scan.bad.list_problems()[:_SHOWN_FAULTS]
+    counters[scan.name].report.bad_places = [f"{one.where}: {one.what}" for one in shown]
     _count_rows(scan, copies, counters, splits)
 
 
@@ -229,22 +234,19 @@ def _count_rows(scan: Scan, copies, counters: dict[str, SplitCounter], splits: l
         counters["eval"].report.rows_read = held
 
 
-def _count_steps(spec: RunSpec, report: DataReport, folder: Path) -> None:
-    """Counts the steps of an epoch, with and without packing."""
-    import numpy as np
-    import pyarrow as pa
+def _count_sequences(report: DataReport, train: SplitCounter, max_length: int) -> None:
+    """Counts the sequences that packing would make."""
+    counts = [train.lengths[length] for length in range(max_length + 1)]
+    report.packed_sequences = count_sequences(counts, max_length)
+    report.packed_ratio = report.splits[0].tokens / (report.packed_sequences * max_length)
 
-    training, data = spec.training, spec.data
+
+def _count_steps(spec: RunSpec, report: DataReport) -> None:
+    """Counts the steps of an epoch, with and without packing."""
+    training = spec.training
     batch = training.per_device_train_batch_size, training.gradient_accumulation_steps
     report.steps_unpacked = report.steps_per_epoch = count_steps(report.splits[0].rows_kept, *batch)
-    if spec.method != "sft":
-        return
-    with pa.memory_map(str(folder / "train.arrow")) as file:
-        counts = np.zeros(data.max_length + 1, dtype=np.int64)
-        for one in pa.ipc.open_stream(file):
-            counts += np.bincount(one.column("length"), minlength=data.max_length + 1)
-    report.packed_sequences = count_sequences(counts.tolist(), data.max_length)
-    report.packed_ratio = report.splits[0].tokens / (report.packed_sequences * data.max_length)
-    report.steps_packed = count_steps(report.packed_sequences, *batch)
-    if data.packing:
-        report.steps_per_epoch = report.steps_packed
+    if report.packed_sequences:
+        report.steps_packed = count_steps(report.packed_sequences, *batch)
+        if spec.data.packing:
+            report.steps_per_epoch = report.steps_packed

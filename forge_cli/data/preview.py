@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
+from forge_cli.data.prepare import TokenSet
+from forge_cli.data.reading import find_files, read_file
+from forge_cli.errors import DataError
 from forge_cli.parts.labels import IGNORED
+from forge_cli.schema.data import DataSection, Source, list_sources
 
 _GREEN, _DIM, _INVERSE, _RESET = "\033[32m", "\033[2m", "\033[7m", "\033[0m"
 _STYLE = """body{font:14px/1.5 ui-monospace,monospace;margin:2rem;max-width:70rem;color:#222;background:#fff}
@@ -46,57 +50,90 @@ class TrainedRow(NamedTuple):
 
     Attributes:
         split: ``train`` or ``eval``.
-        number: Number of its source row.
+        row: Its source row: 1 is the first of the first file.
+        place: Where that row stands.
         part: ``""``, ``chosen``, ``rejected``, ``wanted`` or ``unwanted``.
         stretches: Its tokens, in order.
     """
 
     split: str
-    number: int
+    row: int
+    place: str
     part: str
     stretches: list[Stretch]
 
 
 def read_trained_rows(
-    folder: Path, tokenizer, *, rows: Sequence[int] | None = None, count: int = 3
+    tokens: TokenSet, data: DataSection, tokenizer, *, rows: Collection[int] | None = None, count: int = 3
 ) -> Iterator[TrainedRow]:
     """Reads rows from the very tokens that a trainer gets.
 
     Args:
-        folder: Of :class:`forge_cli.data.prepare.TokenSet`.
+        tokens: The tokens.
+        data: The section that they were made from.
         tokenizer: That made them.
-        rows: Numbers of source rows, in both splits; ``None`` takes the first of the training split.
+        rows: Source rows, of both splits; ``None`` takes the first of the training split.
         count: How many of them, without ``rows``.
+
+    Raises:
+        DataError: There is no such row; says which there are.
     """
     import pyarrow as pa
 
-    found = 0
-    for split in ("train", "eval"):
-        path = folder / f"{split}.arrow"
-        if not path.exists() or (rows is None and found >= count):
+    sources = {"train": list_sources(data.train), "eval": list_sources(data.eval or data.train)}
+    known = {} if rows is None else {split: _find_rows(sources[split], rows=rows) for split in sources}
+    if rows is not None and (missing := {*rows} - {row for one in known.values() for row in one.values()}):
+        lasts = {split: sum(1 for _ in _count_rows(sources[split])) for split in sources if getattr(data, split)}
+        there = ", ".join(f"{split} has rows 1 to {last}" for split, last in lasts.items())
+        raise DataError(f"there is no row {min(missing)}", where="--row", fix=there)
+    for split in sources if rows is not None else ("train",):
+        path = tokens.folder / f"{split}.arrow"
+        if not path.exists():
             continue
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_stream(file).read_all()
         numbers = table["row"].to_pylist()
-        chosen = range(min(count, len(numbers))) if rows is None else [i for i, n in enumerate(numbers) if n in rows]
-        for index in chosen:
-            found += 1
-            yield from _split_row(split, table.slice(index, 1).to_pylist()[0], tokenizer)
+        if rows is None:
+            numbers = numbers[:count]
+            known[split] = _find_rows(sources[split], numbers=numbers)
+        for index, number in enumerate(numbers):
+            if number in known[split]:
+                place = known[split][number], tokens.name_row(split, number)
+                yield from _split_row(split, *place, table.slice(index, 1).to_pylist()[0], tokenizer)
 
 
-def _split_row(split: str, row: dict, tokenizer) -> Iterator[TrainedRow]:
-    number = row["row"]
-    if "input_ids" in row:
-        trained = [label != IGNORED for label in row["labels"]]
-        yield TrainedRow(split, number, "", list(_stretch(row["input_ids"], trained, tokenizer)))
+def _find_rows(
+    sources: Sequence[Source], *, rows: Collection[int] = (), numbers: Collection[int] = ()
+) -> dict[int, int]:
+    """Finds source rows by their count, or by the numbers that their tokens carry; returns number to row."""
+    pairs = ((number, row) for row, number in _count_rows(sources) if row in rows or number in numbers)
+    return dict(islice(pairs, len({*rows, *numbers})))
+
+
+def _count_rows(sources: Sequence[Source]) -> Iterator[tuple[int, int]]:
+    """Yields count and number of every source row: a file of lines numbers its rows by lines."""
+    row = base = last = 0
+    for source in sources:
+        for file in find_files(source.path):
+            for one in read_file(file, source.split):
+                row, last = row + 1, one.number
+                yield row, base + last
+            base, last = base + last, 0
+
+
+def _split_row(split: str, row: int, place: str, columns: dict, tokenizer) -> Iterator[TrainedRow]:
+    if "input_ids" in columns:
+        trained = [label != IGNORED for label in columns["labels"]]
+        yield TrainedRow(split, row, place, "", list(_stretch(columns["input_ids"], trained, tokenizer)))
         return
-    if "completion_ids" in row:
-        answers = {"wanted" if row["label"] else "unwanted": row["completion_ids"]}
+    if "completion_ids" in columns:
+        answers = {"wanted" if columns["label"] else "unwanted": columns["completion_ids"]}
     else:
-        answers = {"chosen": row["chosen_ids"], "rejected": row["rejected_ids"]}
+        answers = {"chosen": columns["chosen_ids"], "rejected": columns["rejected_ids"]}
+    prompt = columns["prompt_ids"]
     for part, ids in answers.items():
-        trained = [False] * len(row["prompt_ids"]) + [True] * len(ids)
-        yield TrainedRow(split, number, part, list(_stretch([*row["prompt_ids"], *ids], trained, tokenizer)))
+        trained = [False] * len(prompt) + [True] * len(ids)
+        yield TrainedRow(split, row, place, part, list(_stretch([*prompt, *ids], trained, tokenizer)))
 
 
 def _stretch(ids: list[int], trained: list[bool], tokenizer) -> Iterator[Stretch]:
@@ -116,7 +153,7 @@ def _stretch(ids: list[int], trained: list[bool], tokenizer) -> Iterator[Stretch
         start, before = stop, text
 
 
-def render_terminal(row: TrainedRow, place: str, *, colour: bool) -> str:
+def render_terminal(row: TrainedRow, *, colour: bool) -> str:
     """Renders a row for a terminal: trained text green, or between ``[[`` and ``]]`` without colour."""
     parts = []
     for one in row.stretches:
@@ -127,7 +164,7 @@ def render_terminal(row: TrainedRow, place: str, *, colour: bool) -> str:
         else:
             parts.append(f"[[{text}]]" if one.is_trained else text)
     text = "".join(parts)
-    return f"{_head(row, place)}\n{text if colour else text.replace(']][[', '')}"
+    return f"{_head(row)}\n{text if colour else text.replace(']][[', '')}"
 
 
 def _show_character(character: str) -> str:
@@ -137,32 +174,26 @@ def _show_character(character: str) -> str:
     return character if character.isprintable() or character == "\t" else ascii(character)[1:-1]
 
 
-def render_html(rows: Sequence[tuple[TrainedRow, str]], title: str) -> str:
+def render_html(rows: Sequence[TrainedRow], title: str) -> str:
     """Renders rows as a page of its own, with nothing loaded from elsewhere."""
     body = []
-    for row, place in rows:
+    for row in rows:
         spans = []
         for one in row.stretches:
             kinds = " ".join(k for k, on in (("trained", one.is_trained), ("special", one.is_special)) if on)
             text = html.escape("".join(_show_character(character) for character in one.text))
             spans.append(f'<span class="{kinds}" title="{" ".join(map(str, one.ids[:40]))}">{text}</span>')
-        body.append(f"<h2>{html.escape(_head(row, place))}</h2>\n<pre>{''.join(spans)}</pre>")
+        body.append(f"<h2>{html.escape(_head(row))}</h2>\n<pre>{''.join(spans)}</pre>")
     return _PAGE.format(title=html.escape(title), style=_STYLE, rows="\n".join(body))
 
 
-def _head(row: TrainedRow, place: str) -> str:
+def _head(row: TrainedRow) -> str:
     tokens = sum(len(one.ids) for one in row.stretches)
     trained = sum(len(one.ids) for one in row.stretches if one.is_trained)
     part = f" {row.part}" if row.part else ""
-    return f"{row.split} {place}{part}: {tokens} tokens, {trained} trained"
+    return f"{row.split} row {row.row}{part}, {row.place}: {tokens} tokens, {trained} trained"
 
 
-def describe_row(row: TrainedRow, place: str) -> dict[str, object]:
+def describe_row(row: TrainedRow) -> dict[str, object]:
     """Returns a row as plain data."""
-    return {
-        "split": row.split,
-        "row": row.number,
-        "place": place,
-        "part": row.part,
-        "stretches": [one._asdict() for one in row.stretches],
-    }
+    return {**row._asdict(), "stretches": [one._asdict() for one in row.stretches]}

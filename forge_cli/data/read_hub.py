@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from forge_cli.data.hub import explain_absence
 from forge_cli.data.read_row import BadRow, Row
 from forge_cli.errors import DataError, MachineError
 from forge_cli.resolve.sources import HUB_PREFIX
@@ -57,10 +58,11 @@ def _load(name: str, split: str) -> Dataset:
         commit, copied = builder.hash, type(builder).__module__.endswith(".cache")
         dataset = builder.as_dataset(split)
     except ConnectionError as error:
-        fix = "check the network, or download the files and name them"
-        raise MachineError(f"the hub cannot be reached: {_first_line(error)}", where=name, fix=fix) from error
+        command, then = f"hf download {repository} --repo-type dataset", "name its files in place of the data set"
+        raise explain_absence(f"the data set {repository}", name, command, then) from error
     except Exception as error:
-        fix = f"check the name and the split ({split}); a subset is written hf://{repository}/SUBSET"
+        fix = f"check the name and the split ({split}); a subset is written hf://{repository}/SUBSET, and a gated or "
+        fix += "private one needs `hf auth login`"
         raise DataError(f"the data set cannot be loaded: {_first_line(error)}", where=name, fix=fix) from error
     if copied and revision not in (None, commit):
         # The library takes the newest copy, whatever revision was asked for.

@@ -8,6 +8,7 @@ import hashlib
 import re
 import stat
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +36,7 @@ __all__ = ["BadRow", "DataFile", "Row", "describe_place", "find_files", "fingerp
 
 _READERS = {"jsonl": read_jsonl, "json": read_json, "csv": read_csv, "tsv": read_tsv, "txt": read_txt}
 _KNOWN = f"{', '.join(DATA_SUFFIXES)}, and {' or '.join(COMPRESSIONS)} behind the name of a text file"
+_ENDING = re.compile(f"({'|'.join(map(re.escape, DATA_SUFFIXES))})({'|'.join(map(re.escape, COMPRESSIONS))})?$", re.I)
 _CUT = "the file seems cut off or damaged; copy or write it again"
 # How files begin that are not what their name says.
 _POINTER = (b"version https://git-lfs", "a Git LFS pointer and not the data", "run git lfs pull")
@@ -162,8 +164,8 @@ def _order_naturally(name: str) -> tuple[list[tuple[int, str]], str]:
 
 def _refuse_folder(path: str, folder: Path) -> NoReturn:
     names = sorted((one.name for one in folder.iterdir()), key=_order_naturally)
-    suffix = next((end for name in names for end in DATA_SUFFIXES if name.lower().endswith(end)), ".jsonl")
-    files = f"{path.rstrip('/')}/*{suffix}"
+    endings = Counter(found[0] for name in names if (found := _ENDING.search(name)))
+    files = f"{path.rstrip('/')}/*{max(endings, key=endings.get, default='.jsonl')}"
     if is_hub_name(path):
         fix = f"write ./{files} for the files of the folder, or hf://{path} for the hub"
         raise MachineError("ambiguous: a folder, and a name of the hub", where=printable(path), fix=printable(fix))

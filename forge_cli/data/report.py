@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-from array import array
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+from forge_cli.data.repeats import RowDigests, find_in_both, find_repeats
 from forge_cli.data.row_tokens import Columns, Outcome
+from forge_cli.units import count_of
 
 LISTED_PLACES = 20
+_SHOWN_PAIRS = 3
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 _BARS = 12
 
@@ -22,6 +25,7 @@ class SplitReport:
         name: ``train`` or ``eval``.
         format: Format of its rows.
         rows_read: Rows in the files, bad ones included.
+        max_length: Longest row that is kept whole, in tokens; 0 if there is none.
         rows_bad: Rows that could not be read or rendered, and were skipped.
         rows_unused: Rows that a cap or a weight left out, or that the other split took.
         rows_used: Rows that were tokenised, each counted once: those that were kept and those that were too long.
@@ -34,20 +38,24 @@ class SplitReport:
         rows_untrained: Rows that are kept and have no trained token.
         rows_without_end: Rows that are kept whole and train no end token.
         rows_escaped: Rows that hold the text of a special token, which was kept as text.
+        rows_parted: Rows whose prompt and answer were tokenised apart, as a token would have held text of both.
+        rows_prompt_found: Pairs of text without a prompt, of which the common beginning was taken for it.
         rows_duplicate: Rows whose tokens equal those of an earlier one.
         tokens: Tokens that are left.
         trained_tokens: Those of them that are trained.
         longest_tokens: Longest row, before cutting.
-        bad_places: Where the first bad rows stand, and why they are bad.
+        bad_places: Of the first kinds of bad rows: where the first one stands, why it is bad, and how many are like it.
         overlong_places: Where the first overlong rows stand.
         duplicate_places: Pairs of places, the first of them.
         percentiles: Percentile to length in tokens, after cutting.
-        histogram: Upper end of a range of lengths to the number of rows in it.
+        histogram: Upper end of a range of lengths to the number of rows in it: of all tokenised rows, before cutting.
+            ``max_length`` is one of the ends if rows are longer and shorter.
     """
 
     name: str
     format: str
     rows_read: int
+    max_length: int = 0
     rows_bad: int = 0
     rows_unused: int = 0
     rows_used: int = 0
@@ -60,6 +68,8 @@ class SplitReport:
     rows_untrained: int = 0
     rows_without_end: int = 0
     rows_escaped: int = 0
+    rows_parted: int = 0
+    rows_prompt_found: int = 0
     rows_duplicate: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -85,7 +95,8 @@ class SplitReport:
         counts = {"bad": self.rows_bad, "dropped": self.rows_dropped, "cut": self.rows_truncated}
         lost = "".join(f", {count} {name}" for name, count in counts.items() if count)
         return (
-            f"{self.name}: {self.rows_kept} of {self.rows_read} rows ({self.format}{lost}), {self.tokens} tokens, "
+            f"{self.name}: {self.rows_kept} of {count_of(self.rows_read, 'row', 'rows')} ({self.format}{lost}), "
+            f"{count_of(self.tokens, 'token', 'tokens')}, "
             f"{share:.0f} % trained, median {self.median_tokens}, longest {self.longest_tokens}"
         )
 
@@ -141,26 +152,30 @@ class DataReport:
 
 
 class SplitCounter:
-    """Counts outcomes of one split while they come in; needs 20 bytes a row.
+    """Counts outcomes of one split while they come in; what it holds does not grow with them.
 
     Args:
         report: The report to fill.
         describe: Writes where the row of a number stands.
+        digests: Receives what the rows are; ``None`` is a file of the system's.
     """
 
-    def __init__(self, report: SplitReport, describe: Callable[[int], str]) -> None:
+    def __init__(self, report: SplitReport, describe: Callable[[int], str], digests: RowDigests | None = None) -> None:
         self.report = report
         self.describe = describe
-        self.lengths = array("i")
-        self.digests = array("Q")
-        self.numbers = array("q")
+        self.lengths: Counter[int] = Counter()  # of what is trained
+        self.whole_lengths: Counter[int] = Counter()  # of all rows, before cutting
+        self.digests = digests or RowDigests()
 
     def add(self, outcome: Outcome, copies: int) -> None:
         """Counts one row that is trained so many times an epoch."""
         report = self.report
         report.rows_used += 1
+        self.whole_lengths[outcome.length] += 1
         report.longest_tokens = max(report.longest_tokens, outcome.length)
         report.rows_escaped += outcome.escaped > 0
+        report.rows_parted += outcome.is_parted
+        report.rows_prompt_found += outcome.is_prompt_found
         report.rows_lost += outcome.is_lost
         if outcome.status != "kept" and len(report.overlong_places) < LISTED_PLACES:
             report.overlong_places.append(self.describe(outcome.number))
@@ -173,39 +188,44 @@ class SplitCounter:
         report.rows_without_end += outcome.status != "cut" and not outcome.has_end
         report.trained_tokens += outcome.trained * copies
         for columns in outcome.columns:
-            ids = [value for name, value in columns.items() if name.endswith("_ids")]
-            length = count_tokens(columns)
             report.rows_kept += copies
             report.rows_wanted += copies * (columns.get("label") is True)
             report.tokens += _count_all(columns) * copies
-            self.lengths.extend([length] * copies)
-        digest = hashlib.blake2b(digest_size=8)
-        for columns in outcome.columns:
-            for ids in (value for name, value in columns.items() if name.endswith("_ids")):
-                digest.update(ids.tobytes() + b"|")
-        self.digests.append(int.from_bytes(digest.digest(), "little"))
-        self.numbers.append(outcome.number)
+            self.lengths[count_tokens(columns)] += copies
+        self.digests.add(outcome.number, outcome.columns)
 
     def finish(self) -> None:
-        """Computes what needs all rows: percentiles, histogram, duplicates."""
-        import numpy as np
+        """Computes what needs all rows: percentiles, histogram, repeats."""
+        self.report.percentiles = _find_percentiles(self.lengths)
+        self.report.histogram = _count_bars(self.whole_lengths, self.report.max_length)
+        self.report.rows_duplicate, pairs = find_repeats(self.digests, _SHOWN_PAIRS)
+        self.report.duplicate_places = [[self.describe(row) for row in pair] for pair in pairs]
 
-        lengths = np.frombuffer(self.lengths, dtype=np.int32) if self.lengths else np.zeros(0, np.int32)
-        if not len(lengths):
-            return
-        values = np.percentile(lengths, PERCENTILES, method="inverted_cdf")
-        self.report.percentiles = {str(p): int(v) for p, v in zip(PERCENTILES, values, strict=True)}
-        edges = sorted({int(edge) for edge in np.linspace(lengths.min(), lengths.max(), _BARS + 1)[1:]})
-        bins = np.searchsorted(edges, lengths)
-        self.report.histogram = [[edge, int(n)] for edge, n in zip(edges, np.bincount(bins), strict=False)]
-        digests = np.frombuffer(self.digests, dtype=np.uint64)
-        ordered = np.sort(digests)
-        repeats = ordered[1:][ordered[1:] == ordered[:-1]]
-        self.report.rows_duplicate = len(repeats)
-        for digest in np.unique(repeats[:100])[:3]:
-            first, second = np.nonzero(digests == digest)[0][:2]
-            pair = [self.describe(self.numbers[second]), self.describe(self.numbers[first])]
-            self.report.duplicate_places.append(pair)
+
+def _find_percentiles(lengths: Counter[int]) -> dict[str, int]:
+    """Finds the smallest length that so many per cent of the rows do not exceed."""
+    found, below, total = {}, 0, lengths.total()
+    wanted = list(PERCENTILES)
+    for length in sorted(lengths):
+        below += lengths[length]
+        while wanted and 100 * below >= wanted[0] * total:
+            found[str(wanted.pop(0))] = length
+    return found
+
+
+def _count_bars(lengths: Counter[int], max_length: int) -> list[list[int]]:
+    """Counts the rows in ranges of one width, of which one ends at ``max_length``."""
+    if not lengths:
+        return []
+    low, high = min(lengths), max(lengths)
+    edges = {low + (high - low) * i // _BARS for i in range(1, _BARS + 1)}
+    if low <= max_length < high:
+        edges.add(max_length)
+    bars = dict.fromkeys(sorted(edges), 0)
+    ends = list(bars)
+    for length, count in lengths.items():
+        bars[ends[bisect_left(ends, length)]] += count
+    return [[end, count] for end, count in bars.items()]
 
 
 def _count_all(columns: Columns) -> int:
@@ -221,14 +241,7 @@ def count_tokens(columns: dict[str, object]) -> int:
     return prompt + max(sizes.values())
 
 
-def find_in_both(train: SplitCounter, held_back: SplitCounter) -> tuple[int, list[list[str]]]:
+def describe_both(train: SplitCounter, held_back: SplitCounter) -> tuple[int, list[list[str]]]:
     """Counts evaluation rows that are trained on as well, and names the first of them."""
-    import numpy as np
-
-    trained, held = (np.frombuffer(one.digests, dtype=np.uint64) for one in (train, held_back))
-    both = np.nonzero(np.isin(held, trained))[0]
-    places = []
-    for i in both[:3]:
-        where = int(np.nonzero(trained == held[i])[0][0])
-        places.append([held_back.describe(held_back.numbers[i]), train.describe(train.numbers[where])])
-    return len(both), places
+    count, pairs = find_in_both(held_back.digests, train.digests, _SHOWN_PAIRS)
+    return count, [[held_back.describe(row), train.describe(other)] for row, other in pairs]

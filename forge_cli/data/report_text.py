@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from forge_cli.data.judging import render_histogram
 from forge_cli.data.report import DataReport, SplitReport
 from forge_cli.resolve.wording import printable
-from forge_cli.units import format_bytes
+from forge_cli.units import count_of, format_bytes
 
 # What a row of the table says, and whether it is left out when it is 0 everywhere.
 _LINES: list[tuple[str, Callable[[SplitReport], object], bool]] = [
@@ -57,8 +57,31 @@ def render_report(report: DataReport, *, with_histogram: bool = False) -> str:
     ]
     lines = [line.rstrip() for line in lines]
     if with_histogram:
-        lines += ["", f"row length of {report.splits[0].name}", render_histogram(report.splits[0])]
+        lines += ["", f"row length of {report.splits[0].name}, before cutting", render_histogram(report.splits[0])]
     return "\n".join([*lines, *_describe_batches(report), *list_notes(report), _describe_origin(report)])
+
+
+def render_table(splits: Sequence[Mapping[str, object]]) -> list[str]:
+    """Renders splits, as :meth:`DataReport.as_dict` returns them, as the lines of a Markdown table."""
+    columns = {
+        "split": "name",
+        "format": "format",
+        "rows read": "rows_read",
+        "bad": "rows_bad",
+        "kept": "rows_kept",
+        "dropped": "rows_dropped",
+        "cut": "rows_truncated",
+        "tokens": "tokens",
+        "trained tokens": "trained_tokens",
+        "median": "percentiles",
+        "longest": "longest_tokens",
+    }
+    rows = [
+        [split[key].get("50", 0) if key == "percentiles" else split[key] for key in columns.values()]
+        for split in splits
+    ]
+    rule = ["---"] * len(columns)
+    return [f"| {' | '.join(map(str, row))} |" for row in ([*columns], rule, *rows)]
 
 
 def _describe_batches(report: DataReport) -> list[str]:
@@ -74,21 +97,7 @@ def _describe_batches(report: DataReport) -> list[str]:
 
 def list_notes(report: DataReport) -> list[str]:
     """Lists what is allowed but may not be meant."""
-    notes = []
-    for split in report.splits:
-        if split.duplicate_places:
-            pairs = ", ".join(f"{one} = {other}" for one, other in split.duplicate_places)
-            notes.append(f"note: {split.rows_duplicate} rows of {split.name} repeat earlier ones ({pairs})")
-        if split.bad_places:
-            notes.append(f"note: {split.rows_bad} rows of {split.name} were skipped ({'; '.join(split.bad_places)})")
-        if split.rows_escaped:
-            notes.append(
-                f"note: {split.rows_escaped} rows of {split.name} hold the text of special tokens; it stays text"
-            )
-        if split.rows_untrained:
-            notes.append(f"note: {split.rows_untrained} rows of {split.name} have no trained token")
-        if split.rows_without_end:
-            notes.append(f"note: {split.rows_without_end} rows of {split.name} train no end token at their end")
+    notes = [note for split in report.splits for note in _list_split_notes(split)]
     if report.has_plain_prompts:
         notes.append(
             "note: prompts are text and are trained as they stand, without the chat template; a chat model wants lists "
@@ -96,10 +105,39 @@ def list_notes(report: DataReport) -> list[str]:
         )
     if report.rows_in_both:
         pairs = ", ".join(f"{one} = {other}" for one, other in report.in_both_places)
-        notes.append(f"note: {report.rows_in_both} evaluation rows are trained on as well ({pairs})")
+        rows = count_of(report.rows_in_both, "evaluation row is", "evaluation rows are")
+        notes.append(f"note: {rows} trained on as well ({pairs})")
     if report.unused_columns:
         notes.append(f"note: columns that nothing reads: {', '.join(report.unused_columns)}")
     return [printable(note) for note in notes]
+
+
+def _list_split_notes(split: SplitReport) -> list[str]:
+    def say(count: int, one: str, many: str) -> None:
+        if count:
+            notes.append(f"note: {count_of(count, f'row of {split.name} {one}', f'rows of {split.name} {many}')}")
+
+    notes: list[str] = []
+    pairs = ", ".join(f"{one} = {other}" for one, other in split.duplicate_places)
+    say(split.rows_duplicate, f"repeats an earlier one ({pairs})", f"repeat earlier ones ({pairs})")
+    places = f" ({'; '.join(split.bad_places)})" if split.bad_places else ""
+    say(split.rows_bad, f"was skipped{places}", f"were skipped{places}")
+    kept = "the text of special tokens; it stays text"
+    say(split.rows_escaped, f"holds {kept}", f"hold {kept}")
+    if split.rows_parted:
+        notes.append(
+            f"note: in {count_of(split.rows_parted, 'row', 'rows')} of {split.name} a token would hold the end of the "
+            "prompt and the start of the answer; they are tokenised apart, as the model will be asked. Better end "
+            "prompts with a line break, or begin answers with the space that prompts end with"
+        )
+    if split.rows_prompt_found:
+        notes.append(
+            f"note: {count_of(split.rows_prompt_found, 'pair', 'pairs')} of {split.name} without a prompt: what both "
+            "texts begin with, cut back to the end of a word, is taken for it; a column prompt says where answers begin"
+        )
+    say(split.rows_untrained, "has no trained token", "have no trained token")
+    say(split.rows_without_end, "trains no end token at its end", "train no end token at their end")
+    return notes
 
 
 def _describe_origin(report: DataReport) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,10 @@ from forge_cli.parts.turns import BREAK, RowError
 
 Columns = dict[str, object]
 Status = Literal["kept", "dropped", "cut", "split", "bad"]
+_NOTHING_ASKS = (
+    "no token stands before the answer, as the prompt is empty and the tokenizer writes no begin token; give the row a "
+    "prompt"
+)
 
 
 class Limits(NamedTuple):
@@ -58,6 +63,8 @@ class Outcome(NamedTuple):
         is_lost: An answer lost tokens.
         has_end: The last trained token ends an answer.
         escaped: Texts of special tokens that were kept as text.
+        is_parted: Prompt and answer were tokenised apart, as a token would have held the border between them.
+        is_prompt_found: The row names no prompt; it is the text that both answers begin with.
         question: For generation; only of evaluation rows that were not cut.
         what: What is wrong with a bad row.
     """
@@ -70,6 +77,8 @@ class Outcome(NamedTuple):
     is_lost: bool = False
     has_end: bool = False
     escaped: int = 0
+    is_parted: bool = False
+    is_prompt_found: bool = False
     question: Question | None = None
     what: str = ""
 
@@ -119,7 +128,12 @@ class RowTokenizer:
                 outcome = Outcome(number, "bad", what=str(error))
             if outcome.status == "kept" and asks:
                 outcome = outcome._replace(question=self._build_question(example))
-            outcomes.append(outcome._replace(escaped=sum(text.text.count(BREAK) for text in rendered)))
+            outcome = outcome._replace(
+                escaped=sum(text.text.count(BREAK) for text in rendered),
+                is_parted=any(isinstance(result, Tokens) and result.is_parted for result in results),
+                is_prompt_found=example.is_prompt_found,
+            )
+            outcomes.append(outcome)
         return outcomes
 
     def _render(self, example: Example) -> list[RenderedRow]:
@@ -137,7 +151,9 @@ class RowTokenizer:
             self.limits.train_on if self.limits.kind not in ("preference", "unpaired_preference") else "assistant"
         )
         if isinstance(example.prompt, str):
-            return self.renderer.render_completion(example.prompt, answer, train_on=train_on)
+            row = self.renderer.render_completion(example.prompt, answer, train_on=train_on)
+            # Nobody asks with a prompt that was found: both texts stay what the tokenizer makes of them.
+            return replace(row, border=0) if example.is_prompt_found else row
         return self.renderer.render_messages(
             [*example.prompt, *answer],
             train_on=train_on,
@@ -173,7 +189,7 @@ class RowTokenizer:
         return Outcome(number, "dropped", length=length, is_lost=row.num_trained > 0)
 
     def _measure_pair(self, number: int, chosen: Tokens, rejected: Tokens) -> Outcome:
-        """Splits both texts behind what they share: the prompt, or less where a token spans its end."""
+        """Splits both texts behind the tokens of the prompt; fewer where a token spans the end of a found one."""
         shared = 0
         limit = min(_find_start(chosen), _find_start(rejected))
         while shared < limit and chosen.input_ids[shared] == rejected.input_ids[shared]:
@@ -181,7 +197,7 @@ class RowTokenizer:
         if not shared and chosen.input_ids[0] == rejected.input_ids[0]:
             shared = 1  # without a prompt the first token is given, as nothing stands before it to predict it from
         if not shared:
-            raise RowError("there is no prompt, and the tokenizer writes no begin token: nothing asks for the answers")
+            raise RowError(_NOTHING_ASKS)
         answers = [_cut_end(one)[shared:] for one in (chosen, rejected)]
         if answers[0] == answers[1]:
             raise RowError("chosen and rejected are the same tokens, so there is nothing to prefer")
@@ -190,7 +206,7 @@ class RowTokenizer:
     def _measure_answer(self, number: int, row: Tokens, label: bool) -> Outcome:
         start = _find_start(row)
         if not start:
-            raise RowError("there is no prompt, and the tokenizer writes no begin token: nothing asks for the answer")
+            raise RowError(_NOTHING_ASKS)
         return self._fit_answers(
             number, row.input_ids[:start], ["completion_ids"], [_cut_end(row)[start:]], {"label": label}
         )
@@ -217,7 +233,7 @@ class RowTokenizer:
     def _build_question(self, example: Example) -> Question | None:
         """Turns a row into a prompt with a wanted answer: the completion, or the last assistant turn."""
         answer = example.answers[0]
-        if self.limits.kind in ("text", "tokens") or example.label is False:
+        if self.limits.kind in ("text", "tokens") or example.label is False or example.is_prompt_found:
             return None
         if isinstance(example.prompt, str):
             prompt = self.renderer.encode_prompt(example.prompt)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from array import array
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from forge_cli.data.bad_rows import BadRows
 from forge_cli.data.formats import (
     COLUMNS,
     drop_nulls,
@@ -21,53 +23,12 @@ from forge_cli.data.formats import (
 )
 from forge_cli.data.read_row import BadRow, DataFile, Row, describe_place
 from forge_cli.data.reading import find_files, read_file
-from forge_cli.errors import DataError, Problem
+from forge_cli.errors import DataError
 from forge_cli.parts.turns import RowError
-from forge_cli.resolve.wording import printable
 from forge_cli.schema.data import DataSection, Source
 
-LISTED_ROWS = 20
 # Kinds of file whose columns have one shape for all rows.
 COLUMN_KINDS = frozenset({"parquet", "arrow", "hub"})
-
-
-class BadRows:
-    """Rows that cannot be used: the first of them in words, all of them counted.
-
-    Args:
-        data: Says whether bad rows end the run, and how many may be skipped.
-    """
-
-    def __init__(self, data: DataSection) -> None:
-        self.data = data
-        self.count = 0
-        self.problems: list[Problem] = []
-
-    def add(self, place: str, what: str, fix: str = "") -> None:
-        """Notes a row."""
-        self.count += 1
-        if len(self.problems) < LISTED_ROWS:
-            self.problems.append(Problem(printable(place), "", printable(what), "", fix))
-
-    def settle(self, num_rows: int) -> None:
-        """Ends the run if there are more bad rows than the run file allows.
-
-        Raises:
-            DataError: Lists the first bad rows.
-        """
-        allowed = self.data.max_bad_ratio if self.data.on_bad_row == "skip" else 0
-        if not self.count or self.count / num_rows <= allowed:
-            return
-        problems, more = list(self.problems), self.count - len(self.problems)
-        if more > 0:
-            problems.append(Problem("", "", f"and {more} more rows"))
-        if self.data.on_bad_row == "skip":
-            what = f"{self.count} of {num_rows} rows are bad, more than data.max_bad_ratio {self.data.max_bad_ratio:g}"
-            problems.append(Problem("", "", what, "", "mend them, or raise data.max_bad_ratio"))
-        else:
-            fix = "mend them, or set data.on_bad_row: skip"
-            problems.append(Problem("", "", f"{self.count} of {num_rows} rows are bad", "", fix))
-        raise DataError.from_problems(problems)
 
 
 class Place(NamedTuple):
@@ -96,7 +57,7 @@ class Scan:
         bad: Rows that cannot be used.
         num_rows: All rows, bad ones included.
         unused: Columns that nothing reads.
-        skipped: Numbers of the bad rows.
+        skipped: Numbers of the bad rows, ascending.
         has_plain_prompts: Prompts are text, not turns.
         systems: System prompts; two are enough to know that there is not one.
     """
@@ -109,7 +70,7 @@ class Scan:
     places: list[Place] = field(default_factory=list)
     num_rows: int = 0
     unused: list[str] = field(default_factory=list)
-    skipped: set[int] = field(default_factory=set)
+    skipped: array = field(default_factory=lambda: array("q"))
     systems: set[str] = field(default_factory=set)
     has_plain_prompts: bool = False
 
@@ -117,19 +78,19 @@ class Scan:
         """Writes where the row of a number stands: ``train.jsonl:12``."""
         return find_place(self.places, row, column)
 
-    @staticmethod
-    def kind_has_prompt(kind: str) -> bool:
-        """Tells whether a format asks something, rather than going on with a text."""
-        return kind in ("prompt_completion", "preference", "unpaired_preference")
-
     @property
     def system_prompt(self) -> str | None:
         """What all conversations begin with; ``None`` if they differ or begin with nothing."""
         return next(iter(self.systems)) or None if len(self.systems) == 1 else None
 
+    def is_skipped(self, row: int) -> bool:
+        """Tells whether the row of a number is bad."""
+        at = bisect_left(self.skipped, row)
+        return at < len(self.skipped) and self.skipped[at] == row
+
     def refuse(self, row: int, what: str, fix: str = "", column: int = 0) -> None:
         """Counts a row as bad."""
-        self.skipped.add(row)
+        insort(self.skipped, row)
         self.bad.add(self.describe(row, column), what, fix)
 
 
@@ -143,11 +104,11 @@ def scan_rows(name: str, sources: Sequence[Source], data: DataSection, method: s
         method: Training method; it decides which formats will do.
 
     Raises:
-        DataError: A row cannot be used (the first 20 are listed), rows are of different formats or of one that the
+        DataError: A row cannot be used (each kind of fault is listed), rows are of different formats or of one that the
             method does not take, or there are none.
     """
     scan = Scan(name, list(sources), BadRows(data))
-    kinds: dict[str, str] = {}
+    kinds: dict[str, dict[str, str]] = {}  # format to file to its first row
     shapes: dict[tuple[str, ...], str] = {}
     for index, number, row in _read_all(scan):
         if isinstance(row, BadRow):
@@ -160,15 +121,16 @@ def scan_rows(name: str, sources: Sequence[Source], data: DataSection, method: s
         if not kind:
             scan.refuse(number, *_explain_columns(columns, data.format, method))
             continue
-        if kind not in kinds:
-            kinds[kind] = scan.describe(number)
+        firsts, file = kinds.setdefault(kind, {}), scan.places[-1].file.name
+        if file not in firsts:
+            firsts[file] = scan.describe(number)
         try:
             example = read_example(row, kind)
         except RowError as error:
             scan.refuse(number, str(error))
             continue
         scan.counts[index] += 1
-        scan.has_plain_prompts |= isinstance(example.prompt, str) and scan.kind_has_prompt(kind)
+        scan.has_plain_prompts |= isinstance(example.prompt, str) and example.prompt != ""
         if len(scan.systems) < 2:
             scan.systems.add(find_system(example))
     _judge_kinds(scan, kinds, method)
@@ -196,23 +158,44 @@ def _explain_columns(columns: tuple[str, ...], wanted: str, method: str) -> tupl
     return what, suggest_columns(columns, list_wanted(method) if wanted == "auto" else (wanted,))
 
 
-def _judge_kinds(scan: Scan, kinds: dict[str, str], method: str) -> None:
+def _explain_mixture(name: str, kinds: dict[str, dict[str, str]]) -> DataError:
+    """Builds the error for rows of several formats: says which files, or which rows where a file itself is mixed."""
+    why = "a set is read as one format; guessing row by row would train on the wrong columns"
+    files = [file for firsts in kinds.values() for file in firsts]
+    if len({*files}) < len(files):
+        shown = ", ".join(f"{kind} at {next(iter(firsts.values()))}" for kind, firsts in kinds.items())
+        what, fix = f"rows of different formats: {shown}", "split the file by format, or set data.format"
+        return DataError(what, why=why, fix=fix)
+    shown = "; ".join(
+        f"{next(iter(firsts))}{f' and {len(firsts) - 1} more' if len(firsts) > 1 else ''}: {kind}"
+        for kind, firsts in kinds.items()
+    )
+    # Turns of these two are read alike: a name is all that keeps one from being the other.
+    alike = ("messages", "conversations")
+    is_name = {*alike} <= {*kinds}
+    target, other = alike if is_name else [*kinds][:2]
+    columns = ", ".join(f"{column}: {other if is_name else '...'}" for column in COLUMNS[target])
+    file = next(iter(kinds[other]))
+    return DataError(
+        f"files of different formats: {shown}",
+        why=why,
+        fix=f"name files of one format in data.{name}; where only names of columns differ, a source of its own "
+        f"renames those of a file: {{path: {file}, columns: {{{columns}}}}}",
+    )
+
+
+def _judge_kinds(scan: Scan, kinds: dict[str, dict[str, str]], method: str) -> None:
     """Refuses a mixed set, and a format that the training method does not take."""
     if len(kinds) > 1:
-        shown = ", ".join(f"{kind} at {place}" for kind, place in kinds.items())
-        raise DataError(
-            f"rows of different formats: {shown}",
-            why="a set is read as one format; guessing row by row would train on the wrong columns",
-            fix="split the file by format, or set data.format",
-        )
-    for kind, place in kinds.items():
+        raise _explain_mixture(scan.name, kinds)
+    for kind, firsts in kinds.items():
         scan.kind = kind
         if kind not in list_wanted(method):
             wanted = " or ".join("+".join(COLUMNS[one]) for one in list_wanted(method))
             other = next((one for one in ("sft", "dpo", "kto") if kind in list_wanted(one)), "sft")
             raise DataError(
                 f"method {method} needs rows with {wanted}; these are {kind} ({'+'.join(COLUMNS[kind])})",
-                where=place,
+                where=next(iter(firsts.values())),
                 fix=f"use other rows, or method: {other}",
             )
 
@@ -247,7 +230,7 @@ def read_again(scan: Scan) -> Iterator[tuple[int, int, dict[str, object]]]:
                 raise explain_change(source.path)
             for row in read_file(file, source.split):
                 num_rows += 1
-                if base + row.number in scan.skipped:
+                if scan.is_skipped(base + row.number):
                     continue
                 num_good += 1
                 values = _name_columns(row, source, file)

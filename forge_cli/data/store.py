@@ -13,26 +13,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from forge_cli.data.repeats import RowDigests
 from forge_cli.data.report import count_tokens
 from forge_cli.data.row_tokens import Columns, Question
 from forge_cli.errors import MachineError
-from forge_cli.units import format_bytes
+from forge_cli.paths import cache_root
+from forge_cli.units import MIB, format_bytes
 
 MANIFEST = "manifest.json"
 QUESTIONS = "questions.jsonl"
 _BATCH_ROWS = 1000
+_BATCH_BYTES = 4 * MIB
 # Of a row, besides its tokens: its number, its length, and where its lists begin.
 _NUMBERS_BYTES = 24
 
 
-def cache_root() -> Path:
-    """Returns where Forge keeps what can be made again: ``$FORGE_CACHE``, or ``~/.cache/forge``."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("FORGE_CACHE") or f"{home}/forge").expanduser()
-
-
 class SplitWriter:
-    """Writes the rows of one split as an Arrow stream, a thousand at a time.
+    """Writes the rows of one split as an Arrow stream, a thousand or 4 MiB at a time.
 
     Args:
         path: The file.
@@ -42,6 +39,7 @@ class SplitWriter:
         self.path = path
         self.size_bytes = 0
         self._rows: list[Columns] = []
+        self._held_bytes = 0
         self._writer = None
         self._file = None
 
@@ -49,9 +47,11 @@ class SplitWriter:
         """Adds a row, so many times."""
         row = {**columns, "row": number, "length": count_tokens(columns)}
         tokens = [one for one in columns.values() if isinstance(one, array)]
-        self.size_bytes += copies * (_NUMBERS_BYTES + sum(one.itemsize * len(one) for one in tokens))
+        size_bytes = copies * (_NUMBERS_BYTES + sum(one.itemsize * len(one) for one in tokens))
+        self.size_bytes += size_bytes
+        self._held_bytes += size_bytes
         self._rows.extend([row] * copies)
-        if len(self._rows) >= _BATCH_ROWS:
+        if len(self._rows) >= _BATCH_ROWS or self._held_bytes >= _BATCH_BYTES:
             self._flush()
 
     def close(self) -> None:
@@ -77,7 +77,7 @@ class SplitWriter:
             self._file = self.path.open("wb")
             self._writer = pa.ipc.new_stream(self._file, batch.schema)
         self._writer.write_batch(batch)
-        self._rows = []
+        self._rows, self._held_bytes = [], 0
 
 
 def _build_column(values: list):
@@ -108,6 +108,7 @@ class TokenFolder:
         self.input_bytes = input_bytes
         self.num_rows = self.rows_done = 0
         self.writers: dict[str, SplitWriter] = {}
+        self._digests: list[RowDigests] = []
         self._questions: TextIO | None = None
 
     def __enter__(self) -> TokenFolder:
@@ -125,9 +126,10 @@ class TokenFolder:
         for writer in self.writers.values():
             with contextlib.suppress(OSError):
                 writer.close()
-        if self._questions is not None:
+        for file in (*self._digests, self._questions):
             with contextlib.suppress(OSError):
-                self._questions.close()
+                if file is not None:
+                    file.close()
         if isinstance(error, OSError):
             written = sum(one.stat().st_size for one in self.partial.rglob("*") if one.is_file())
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -139,6 +141,11 @@ class TokenFolder:
         self.writers[name] = SplitWriter(self.partial / f"{name}.arrow")
         return self.writers[name]
 
+    def open_digests(self) -> RowDigests:
+        """Opens a file beside the tokens that is gone when they are whole."""
+        self._digests.append(RowDigests(self.partial))
+        return self._digests[-1]
+
     def add_question(self, question: Question) -> None:
         """Adds a question; they are written as they come, as there may be as many as evaluation rows."""
         if self._questions is None:
@@ -149,8 +156,9 @@ class TokenFolder:
         """Closes all files, writes the manifest last and gives the folder its name."""
         for writer in self.writers.values():
             writer.close()
-        if self._questions is not None:
-            self._questions.close()
+        for file in (*self._digests, self._questions):
+            if file is not None:
+                file.close()
         files = {one.name: _digest(one) for one in sorted(self.partial.iterdir())}
         manifest = {"fingerprint": self.fingerprint, "files": files, "report": report}
         with (self.partial / MANIFEST).open("w", encoding="utf-8") as file:
@@ -171,7 +179,7 @@ class TokenFolder:
             return MachineError(
                 f"tokens cannot be written: {error.strerror}", where=str(self.path.parent), fix=_ELSEWHERE
             )
-        added_bytes = sum(writer.size_bytes for writer in self.writers.values())
+        added_bytes = sum(one.size_bytes for one in (*self.writers.values(), *self._digests))
         needed_bytes = added_bytes * self.num_rows // max(self.rows_done, 1)
         needed = format_bytes(needed_bytes)
         if error.errno != errno.ENOSPC:

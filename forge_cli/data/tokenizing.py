@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 
 from forge_cli.data.row_tokens import Limits, Outcome, RowTokenizer
 from forge_cli.errors import MemoryExceeded
 from forge_cli.parts.rendering import Renderer
 
-BATCH_ROWS = 256
+# Number, columns, and whether a question is wanted.
+Row = tuple[int, Mapping[str, object], bool]
+# A worker holds the rows of a batch several times over: as texts, as tokens, and on their way.
+BATCH_ROWS = 64
+BATCH_CHARACTERS = 2**16
 # Starting workers costs more than it gains below this.
 PARALLEL_ROWS = 4000
 
@@ -28,13 +32,24 @@ def _start_worker(renderer: Renderer, limits: Limits) -> None:
     _tokenizer = RowTokenizer(renderer, limits)
 
 
-def _tokenize_batch(rows: list[tuple[int, Mapping[str, object], bool]]) -> list[Outcome]:
+def _tokenize_batch(rows: list[Row]) -> list[Outcome]:
     return _tokenizer.tokenize(rows)
 
 
-def tokenize_rows(
-    rows: Iterable[tuple[int, Mapping[str, object], bool]], renderer: Renderer, limits: Limits, num_rows: int
-) -> Iterator[Outcome]:
+def cut_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Cuts rows into batches by number and by size, so that long rows take no more memory than many."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(repr(row[1]))
+        if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def tokenize_rows(rows: Iterable[Row], renderer: Renderer, limits: Limits, num_rows: int) -> Iterator[Outcome]:
     """Tokenises rows on all cores; outcomes come in the order of the rows.
 
     Args:
@@ -46,8 +61,7 @@ def tokenize_rows(
     Raises:
         MemoryExceeded: A worker was killed, as the system does when memory runs out.
     """
-    rows = iter(rows)
-    batches = iter(lambda: list(islice(rows, BATCH_ROWS)), [])
+    batches = cut_batches(rows)
     workers = count_cores()
     if num_rows < PARALLEL_ROWS or workers < 2:
         tokenizer = RowTokenizer(renderer, limits)
@@ -57,6 +71,7 @@ def tokenize_rows(
     method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
     pending: deque[Future] = deque()
+    gc.freeze()  # a collection would write to the pages that processes share, and so copy them for each
     try:
         with ProcessPoolExecutor(workers, context, _start_worker, (renderer, limits)) as pool:
             # Only a few batches are under way, so that memory does not grow with the file.
@@ -72,6 +87,8 @@ def tokenize_rows(
             why="the system does that when memory runs out",
             fix="split very long rows, or close other programs",
         ) from None
+    finally:
+        gc.unfreeze()
 
 
 def count_cores() -> int:

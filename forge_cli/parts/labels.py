@@ -19,10 +19,12 @@ class Tokens:
     Attributes:
         input_ids: Token ids ``[T]``.
         labels: The same ids where the token is trained, else -100 ``[T]``.
+        is_parted: Joined, prompt and answer would be other tokens at their border than apart, as they are here.
     """
 
     input_ids: list[int]
     labels: list[int]
+    is_parted: bool = False
 
     @property
     def num_trained(self) -> int:
@@ -39,11 +41,13 @@ class RenderedRow:
         spans: Characters that are trained, as (first, behind the last).
         from_template: The chat template wrote all special tokens; otherwise the tokenizer adds its begin token, and
             an end token follows.
+        border: Where a plain prompt ends; 0 without one.
     """
 
     text: str
     spans: tuple[Span, ...]
     from_template: bool
+    border: int = 0
 
 
 def label_tokens(
@@ -76,3 +80,15 @@ def drop_breaks(text: str, tokens: Tokens, offsets: Sequence[Span]) -> Tokens:
         elif end - start != 1:
             raise RowError("the tokenizer joins the text of a special token with a break, so it cannot stay text")
     return Tokens([tokens.input_ids[i] for i in kept], [tokens.labels[i] for i in kept])
+
+
+def take_answer(text: str, ids: Sequence[int], offsets: Sequence[Span]) -> list[int]:
+    """Takes the tokens behind the break that a text begins with, which keeps the answer apart from what it follows."""
+    # What a tokenizer puts before every text (a space) covers nothing but the break.
+    start = next((i for i, (_, end) in enumerate(offsets) if end > 1), len(ids))
+    if start < len(ids) and offsets[start][0] < 1:
+        raise RowError(
+            "prompt and answer share a token that this tokenizer cannot part; begin the answer with the space or line "
+            "break that the prompt ends with"
+        )
+    return drop_breaks(text, Tokens(list(ids[start:]), list(ids[start:])), offsets[start:]).input_ids

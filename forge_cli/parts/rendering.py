@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 
-from forge_cli.parts.labels import IGNORED, RenderedRow, Tokens, drop_breaks, label_tokens
+from forge_cli.parts.labels import IGNORED, RenderedRow, Tokens, drop_breaks, label_tokens, take_answer
 from forge_cli.parts.turn_check import check_turn
 from forge_cli.parts.turns import BREAK, MARKS, THINKING, Message, RowError, Span, TurnFinder
 
@@ -90,7 +91,7 @@ class Renderer:
         prompt, completion = self._clean_text(prompt), self._clean_text(completion)
         if not completion:
             raise RowError("the completion is empty")
-        return self._plain(prompt + completion, 0 if train_on == "all" else len(prompt))
+        return self._plain(prompt + completion, 0 if train_on == "all" else len(prompt), len(prompt))
 
     def render_text(self, text: str) -> RenderedRow:
         """Takes running text; all of it and an end token are trained."""
@@ -107,9 +108,7 @@ class Renderer:
             chat = [self._break(dict(message)) for message in prompt]
             text = self._apply_template(chat, True, self._break(list(tools)) if tools else None, template_options or {})
             return self._encode([RenderedRow(text, (), from_template=True)])[0].input_ids
-        ids = self._encode([RenderedRow(self._clean_text(prompt), (), from_template=False)])[0].input_ids
-        # Some tokenizers end every text by themselves.
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return self._encode_prompts([RenderedRow(self._clean_text(prompt), (), from_template=False)])[0].input_ids
 
     def find_end_token(self) -> int | None:
         """Returns the token that ends an answer: the chat template's, which need not be the tokenizer's."""
@@ -126,8 +125,8 @@ class Renderer:
             RowError: The text of a special token cannot be kept apart from it by this tokenizer.
         """
         for from_template, group in groupby(rows, key=lambda row: row.from_template):
-            for tokens in self._encode(list(group)):
-                yield tokens if from_template else self._with_end(tokens)
+            rows = list(group)
+            yield from self._encode(rows) if from_template else map(self._with_end, self._encode_plain(rows))
 
     def tokenize_each(self, rows: Sequence[RenderedRow]) -> list[Tokens | RowError]:
         """Tokenises rows as :meth:`tokenize` does; a row that cannot be tokenised is its own error."""
@@ -155,10 +154,34 @@ class Renderer:
             for row, (ids, offsets) in zip(rows, found, strict=True)
         ]
 
-    def _plain(self, text: str, start: int) -> RenderedRow:
+    def _encode_prompts(self, rows: Sequence[RenderedRow]) -> list[Tokens]:
+        """Tokenises plain prompts as servers do; some tokenizers end every text by themselves, which asks nothing."""
+        end = self.tokenizer.eos_token_id
+        return [
+            Tokens(one.input_ids[:-1], one.labels[:-1]) if one.input_ids[-1:] == [end] else one
+            for one in self._encode(rows)
+        ]
+
+    def _encode_plain(self, rows: Sequence[RenderedRow]) -> Iterator[Tokens]:
+        """Tokenises plain rows whole, unless that makes other tokens of the prompt than the model is asked with."""
+        prompts = [
+            RenderedRow(row.text[: row.border], tuple((a, row.border) for a, _ in row.spans if a < row.border), False)
+            for row in rows
+        ]
+        for row, tokens, prompt in zip(rows, self._encode(rows), self._encode_prompts(prompts), strict=True):
+            is_kept = tokens.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+            yield tokens if is_kept else self._part(row, prompt)
+
+    def _part(self, row: RenderedRow, prompt: Tokens) -> Tokens:
+        text = BREAK + row.text[row.border :]
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        answer = take_answer(text, encoded["input_ids"], encoded["offset_mapping"])
+        return Tokens([*prompt.input_ids, *answer], [*prompt.labels, *answer], is_parted=True)
+
+    def _plain(self, text: str, start: int, border: int = 0) -> RenderedRow:
         if self.tokenizer.eos_token_id is None:
             raise RowError("the tokenizer has no end token, so the model could never learn to stop")
-        return RenderedRow(text, ((start, len(text)),), from_template=False)
+        return RenderedRow(text, ((start, len(text)),), from_template=False, border=border)
 
     def _ask_plainly(self) -> str:
         try:
@@ -223,8 +246,8 @@ class Renderer:
         """Appends a trained end token, unless the tokenizer already wrote one."""
         end = self.tokenizer.eos_token_id
         if tokens.input_ids and tokens.input_ids[-1] == end:
-            return Tokens(tokens.input_ids, [*tokens.labels[:-1], end])
-        return Tokens([*tokens.input_ids, end], [*tokens.labels, end])
+            return replace(tokens, labels=[*tokens.labels[:-1], end])
+        return replace(tokens, input_ids=[*tokens.input_ids, end], labels=[*tokens.labels, end])
 
     def _clean(
         self, messages: Sequence[Message], train_on: str, trained_from: int

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from forge_cli.parts.turns import REASONING_FIELDS, RowError
+from forge_cli.parts.turns import REASONING_FIELDS, RowError, describe_value
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -20,7 +20,7 @@ def check_turn(turn: dict[str, object], number: int) -> None:
     if turn["content"] is None and calls:
         turn["content"] = ""
     if not isinstance(turn["content"], str):
-        raise RowError(f"turn {number} has content that is not text")
+        raise RowError(f"turn {number} has content that is not text, but {describe_value(turn['content'])}")
     has_more = calls or any(turn.get(name) for name in REASONING_FIELDS)
     if turn["role"] == "assistant" and not turn["content"].strip() and not has_more:
         raise RowError(f"turn {number} is an empty answer")

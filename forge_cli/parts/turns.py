@@ -30,6 +30,17 @@ class RowError(ValueError):
     """A row that cannot be trained on; the message says why. The caller knows its number."""
 
 
+def describe_value(value: object) -> str:
+    """Names what stands where something else is wanted: ``null``, ``the number 4``, ``a list``, ``text``."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    return {list: "a list", str: "text"}.get(type(value), f"a {type(value).__name__}")
+
+
 @dataclass(frozen=True)
 class Piece:
     """A text of a turn, without outer white space, and where it stands in the rendered conversation.

@@ -95,7 +95,7 @@ def _iterate_idle_sources(spec: RunSpec) -> Iterator[tuple[str, Idle]]:
     if data.on_overlong in ("error", "split"):
         yield "data.max_lost_ratio", Idle(("data.on_overlong",), f"data.on_overlong is {data.on_overlong}")
     if data.streaming:
-        why = "streamed rows are trained in the order of the file"
+        why = "streamed rows are mixed within a buffer"
         yield "training.train_sampling_strategy", Idle(("data.streaming",), why)
     if model.revision is not None and (model.name == EMBEDDED_MODEL or is_model_folder(model.name)):
         yield "model.revision", Idle(("model.name",), f"{model.name} does not come from a hub")

@@ -1,4 +1,4 @@
-"""The layers of a run, weakest first: schema defaults, preset, recipe, run file, ``--set``.
+"""The layers of a run, weakest first: schema defaults, preset, recipe, ``model.adapter``, run file, ``--set``.
 
 Mappings merge by key, lists and scalars are replaced whole, ``null`` switches a section off and a stronger layer
 may switch it on again, with the schema's defaults. Every value remembers who said it, and whom it hid.
@@ -12,12 +12,13 @@ from typing import Literal, NamedTuple
 
 from forge_cli.errors import ConfigError, Problem
 from forge_cli.paths import data_root
+from forge_cli.resolve.adapter_file import find_adapter
 from forge_cli.resolve.schema_tree import find_sections, is_on_by_default, is_optional, iterate_leaves
 from forge_cli.resolve.wording import holds_secret, printable, show
 from forge_cli.resolve.yaml_reader import Document, KeyPath, read_value, read_yaml
 
-Kind = Literal["default", "preset", "recipe", "file", "set"]
-RANKS: dict[str, int] = {"default": 0, "preset": 1, "recipe": 2, "file": 3, "set": 4}
+Kind = Literal["default", "preset", "recipe", "adapter", "file", "set"]
+RANKS: dict[str, int] = {"default": 0, "preset": 1, "recipe": 2, "adapter": 3, "file": 4, "set": 5}
 _MOST_RECIPES = 5
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyz0123456789_-")
 _DEFAULT_WHERE = "schema default"
@@ -117,6 +118,8 @@ def stack_layers(document: Document, overrides: Sequence[str]) -> Layers:
     top = [_Layer("file", document.file, document)]
     top += [_Layer("set", "--set", one) for one in _read_overrides(overrides, layers.problems)]
     below = _find_layers_below(top, layers)
+    if (adapter := find_adapter([one.document for one in [*below, *top]])) is not None:
+        below.append(_Layer("adapter", adapter.file, adapter))
     for section in find_sections():
         if section == "" or is_on_by_default(section):
             _start_section(layers, section)

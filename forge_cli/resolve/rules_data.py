@@ -76,7 +76,7 @@ def check_sequences(scene: Scene) -> Iterator[Clash]:
         what = "rows and weight of a source are drawn from all rows, before training"
         yield Clash(("data.train", "data.streaming"), what, "write streaming: false")
     if training.train_sampling_strategy != "random":
-        what = "streamed rows come in the order of the file"
+        what = "streamed rows are mixed within a buffer, whatever their length"
         yield Clash(("training.train_sampling_strategy", "data.streaming"), what, "remove the line")
 
 

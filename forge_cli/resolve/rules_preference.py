@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_cli.errors import ConfigError, ForgeError
+from forge_cli.facts.model_facts import locate_model
+from forge_cli.resolve.adapter_file import FILE, list_lora_values, read_adapter_config
 from forge_cli.resolve.scene import Clash, Scene
 from forge_cli.resolve.wording import printable, show
 
@@ -120,34 +122,47 @@ def check_reference(scene: Scene) -> Iterator[Clash]:
         if spec.model.adapter is None:
             fix = "name the adapter in model.adapter, or write reference: base"
             yield Clash((path, "model.adapter"), "there is no adapter that the run goes on with", fix)
-    elif not any(_has_file(wanted, name) for name in ("adapter_config.json", "config.json")):
+    elif not any(_has_file(wanted, name) for name in (FILE, "config.json")):
         what = f"{printable(wanted)} is no folder of an adapter or a model"
         yield Clash((path,), what, "write base, adapter, or the folder that save_pretrained wrote")
 
 
 def check_adapter(scene: Scene) -> Iterator[Clash]:
-    """An adapter that is to be trained further is there, and the plan says what it is."""
+    """An adapter that is to be trained further is there, belongs to the model, and is what the plan says it is."""
     spec, folder = scene.spec, scene.spec.model.adapter
     path = "model.adapter"
     if folder is None:
         return
-    if not _has_file(folder, "adapter_config.json"):
-        what = f"{printable(folder)} holds no adapter (adapter_config.json)"
-        yield Clash((path,), what, "name the adapter folder of a run, such as runs/first/adapter")
-    elif spec.method == "reward":
+    try:
+        config = read_adapter_config(folder)
+    except ConfigError as error:
+        yield Clash((path,), error.problems[0].what, error.problems[0].fix)
+        return
+    base, model = str(config.get("base_model_name_or_path") or ""), _find_name(spec.model.name)
+    if base and model and Path(base).name != model:
+        what = f"the adapter was trained on {printable(base)}, and model.name is {printable(spec.model.name)}"
+        fix = f"name the adapter's base; if it only moved, change base_model_name_or_path in its {FILE}"
+        yield Clash((path, "model.name"), what, fix, why="on other weights it means nothing")
+    if spec.method == "reward":
         what = "a reward model starts with a new head, which this adapter does not have"
         yield Clash((path, "method"), what, "train it from the base model, or from a merged one")
     elif spec.lora is None:
-        yield Clash((path, "lora"), "an adapter is trained further and lora is off", _describe_adapter(folder))
+        what = "an adapter is trained further and lora is off"
+        yield Clash(("lora", path), what, "remove the line: the adapter's own values are taken")
+    else:
+        for name, had in list_lora_values(config).items():
+            wanted = getattr(spec.lora, name)
+            if wanted not in (had, "all-linear") and (not isinstance(wanted, list) or sorted(wanted) != had):
+                what = f"{name} is {show(wanted)} here and {show(had)} in the adapter {printable(folder)}"
+                yield Clash((f"lora.{name}", path), what, f"leave it out, or write {name}: {show(had)}")
 
 
-def _describe_adapter(folder: str) -> str:
-    """Says what to write under ``lora`` for an adapter."""
+def _find_name(model: str) -> str:
+    """Returns the last part of what a model's name means, as folders move and mirrors have owners of their own."""
     try:
-        config = json.loads((Path(folder).expanduser() / "adapter_config.json").read_text(encoding="utf-8"))
-        return f"write lora: {{r: {show(config['r'])}, lora_alpha: {show(config['lora_alpha'])}}}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "describe the adapter under lora"
+        return Path(locate_model(model)).name
+    except (ForgeError, OSError, RuntimeError, ValueError):  # said where the model is looked up
+        return ""
 
 
 def _has_file(folder: str, name: str) -> bool:
@@ -160,7 +175,8 @@ def _has_file(folder: str, name: str) -> bool:
 def warn_about_preferences(spec: RunSpec) -> Iterator[str]:
     """Warns of a method that may change, and of adapter steps far from what is usual with preferences."""
     if spec.method in ("orpo", "cpo"):
-        yield f"{spec.method} is experimental in TRL{_find_version('trl')}: it may change or go with the next release"
+        name = "simpo (method: cpo)" if "simpo" in list_losses(spec) else spec.method
+        yield f"{name} is experimental in TRL{_find_version('trl')}: it may change or go with the next release"
     if spec.method == "sft" or spec.lora is None:
         return
     scale = spec.lora.lora_alpha / (spec.lora.r**0.5 if spec.lora.use_rslora else spec.lora.r)

@@ -11,17 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from forge_cli.data.hub import hub_or_copies
 from forge_cli.errors import ModelError
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.resolve.rules_training import warn_about_ema
 from forge_cli.run.folder import RunFolder, create_run_folder
+from forge_cli.run.preflight import check_memory
 from forge_cli.run.process import check_packages, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
 from forge_cli.units import format_bytes, format_count
 
 if TYPE_CHECKING:
+    from forge_cli.build.compute import Compute
     from forge_cli.build.data import PreparedData
+    from forge_cli.parts.memory import MemoryCallback
     from forge_cli.run.report import TrainingFigures
 
 
@@ -41,7 +45,12 @@ class RunResult:
 
 
 def train(
-    run_file: str | Path, overrides: Sequence[str] = (), *, overwrite: bool = False, reporter: Reporter | None = None
+    run_file: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    force: bool = False,
+    reporter: Reporter | None = None,
 ) -> RunResult:
     """Trains what a run file says: ``forge train`` for Python.
 
@@ -49,6 +58,7 @@ def train(
         run_file: The run file.
         overrides: ``path=value`` settings above it.
         overwrite: Delete an earlier run of the same name.
+        force: Train even if the GPU is estimated to be too small.
         reporter: Receives progress; plain lines on stderr by default.
 
     Returns:
@@ -58,44 +68,35 @@ def train(
         ForgeError: Of any kind; its exit code tells which.
     """
     run_file = Path(run_file)
-    plan = resolve_plan(run_file, overrides)
+
+    def resolve(more: Sequence[str] = ()) -> Plan:
+        return resolve_plan(run_file, [*overrides, *more])
+
+    plan = resolve()
+    reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
+    check_memory(plan, resolve, reporter.say, force=force)
     return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem)
 
 
 def train_plan(
     plan: Plan, *, overwrite: bool = False, reporter: Reporter | None = None, stem: str = "run"
 ) -> RunResult:
-    """Trains a resolved plan (see :func:`train`)."""
+    """Trains a resolved plan (see :func:`train`), without a look at the GPU's memory."""
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     spec = plan.spec
     check_packages(spec)
     note = prepare_process()
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
-    for line in (f"run folder {folder.path}, plan {plan.digest[:12]}", note, describe_memory(plan)):
+    for line in (f"run folder {folder.path}, plan {plan.digest[:12]}", note):
         reporter.say(line)
     try:
         with translated_errors(folder.log):
             reporter.say("loading torch and transformers ...")
-            with library_logs(folder.log):
+            with library_logs(folder.log), hub_or_copies(spec, reporter.say):
                 return _train(plan, folder, reporter)
     finally:
         reporter.finish()
         folder.settle()
-
-
-def describe_memory(plan: Plan) -> str:
-    """Says what a GPU would have to hold at the peak of a step; nothing where the model's shape is not known."""
-    estimate = estimate_from_plan(plan)
-    if estimate is None:
-        return ""
-    parts = {
-        "weights": estimate.weights_bytes,
-        "gradients and optimizer": estimate.gradients_bytes + estimate.optimizer_bytes,
-        "activations": estimate.activations_bytes + estimate.working_bytes,
-        "EMA": estimate.ema_bytes,
-    }
-    listed = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
-    return f"estimated peak on a GPU, rows at full length: {format_bytes(estimate.total_bytes)} ({listed})"
 
 
 def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
@@ -107,11 +108,12 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     from forge_cli.build.reference import release_reference
     from forge_cli.build.tokenizer import load_tokenizer
     from forge_cli.data.report_text import render_report
+    from forge_cli.parts.memory import MemoryCallback
     from forge_cli.run.answers import Examination
     from forge_cli.run.report import Findings, write_report
 
     spec = plan.spec
-    began = time.perf_counter()
+    began, memory = time.perf_counter(), MemoryCallback()
     compute = choose_compute(spec)
     reporter.say(f"{compute.device_name}: {compute.reason}")
 
@@ -128,9 +130,10 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     model, trainable = prepare_trainable(model, spec)
     _describe_trainable(plan, trainable, reporter)
 
+    memory.mark("load")
     reporter.say(examination.announce("before"))
     before = examination.answer(model)
-    trainer = _build_trainer(plan, folder, reporter, model, tokenizer, data, compute)
+    trainer, reference = _build_trainer(plan, folder, reporter, model, tokenizer, data, compute, memory)
     _prove_sequences(plan, trainer, compute, reporter)
     training = _run_training(plan, trainer, reporter)
     release_reference(trainer)
@@ -148,6 +151,7 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
         monitor=trainer.monitor,
         weights=weights,
         training=training,
+        reference=reference,
         total_seconds=time.perf_counter() - began,
         samples=examination.pair(before, after),
         exact_match_before=examination.exact_match_ratio(before),
@@ -158,9 +162,9 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
 
 def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
     """Trains, with an evaluation before and after; the peak of memory is the training's own."""
-    from forge_cli.parts.memory import peak_memory_bytes, reset_peak_memory
     from forge_cli.run.report import TrainingFigures
 
+    memory = trainer.monitor.memory
     loss_before = trainer.evaluate_now()
     # The trainer's own arithmetic of epochs, batches and accumulation.
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
@@ -168,20 +172,30 @@ def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
         for warning in warn_about_ema(plan.spec, num_steps):
             reporter.say(f"note: {warning}")
     reporter.start(num_steps)
-    reset_peak_memory()
+    trainer.add_callback(memory)
+    memory.mark("evaluation")
     began = time.perf_counter()
     trainer.train()
-    seconds, peak = time.perf_counter() - began, peak_memory_bytes()
+    seconds = time.perf_counter() - began
     loss_after = trainer.evaluate_now()
     # More than a thousandth: less is what rounding does.
     if loss_after and loss_after["eval_loss"] > 1.001 * loss_before["eval_loss"]:
         worse = f"the held-out loss rose from {loss_before['eval_loss']:.4f} to {loss_after['eval_loss']:.4f}"
         trainer.monitor.alarm(num_steps, "worse", worse)
     reporter.finish()
-    return TrainingFigures(loss_before, loss_after, seconds, peak)
+    return TrainingFigures(loss_before, loss_after, seconds, memory)
 
 
-def _build_trainer(plan: Plan, folder: RunFolder, reporter: Reporter, model, tokenizer, data: PreparedData, compute):
+def _build_trainer(
+    plan: Plan,
+    folder: RunFolder,
+    reporter: Reporter,
+    model,
+    tokenizer,
+    data: PreparedData,
+    compute: Compute,
+    memory: MemoryCallback,
+):
     from forge_cli.backend import methods
     from forge_cli.build import reference as references
     from forge_cli.build.callbacks import build_ema, build_monitor
@@ -201,13 +215,13 @@ def _build_trainer(plan: Plan, folder: RunFolder, reporter: Reporter, model, tok
         args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
-        monitor=build_monitor(plan.spec, folder.metrics, reporter.record, data.name_rows),
+        monitor=build_monitor(plan.spec, folder.metrics, reporter.record, data.name_rows, memory),
         ema=build_ema(plan.spec),
         ref_model=reference.model if reference else None,
     )
-    if reference:
-        references.install_reference(trainer, plan.spec, reference, compute, reporter.say)
-    return trainer
+    if reference is None:
+        return trainer, None
+    return trainer, references.install_reference(trainer, plan.spec, reference, compute, reporter.say)
 
 
 def _prove_sequences(plan: Plan, trainer, compute, reporter: Reporter) -> None:

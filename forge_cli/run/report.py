@@ -8,14 +8,19 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 from forge_cli.build.adapter import TrainableReport
 from forge_cli.build.compute import Compute, dtype_name
 from forge_cli.build.data import PreparedData
+from forge_cli.data.report_text import render_table
 from forge_cli.estimate.plan_memory import estimate_from_plan
+from forge_cli.parts.memory import MemoryCallback
 from forge_cli.parts.monitor import MonitorCallback
 from forge_cli.resolve.plan import Plan
-from forge_cli.resolve.sources import EMBEDDED_MODEL
 from forge_cli.run.folder import REPORT_FILE, RunFolder, write_atomic
+from forge_cli.run.next_step import suggest_next
+from forge_cli.run.preflight import compare_phases
 from forge_cli.run.summary import verdict
 from forge_cli.units import format_count
 
@@ -29,7 +34,7 @@ class TrainingFigures:
     loss_before: dict[str, float]
     loss_after: dict[str, float]
     seconds: float
-    peak_memory_bytes: int
+    memory: MemoryCallback
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Findings:
     monitor: MonitorCallback
     weights: Path
     training: TrainingFigures
+    reference: dict[str, object] | None
     total_seconds: float
     samples: list[dict]
     exact_match_before: float | None
@@ -62,6 +68,7 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
     plan, monitor, training = findings.plan, findings.monitor, findings.training
     steps = [r for r in monitor.records if r.get("loss") is not None and not r.get("diverged")]
     on_gpu = findings.compute.device.startswith("cuda")
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     estimate = estimate_from_plan(plan)
     return {
         "run": folder.path.name,
@@ -75,6 +82,7 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
             "train_last": steps[-1]["loss"] if steps else None,
         },
         "exact_match_ratio": {"before": findings.exact_match_before, "after": findings.exact_match_after},
+        "reference": findings.reference,
         "preferences": _gather_rewards(monitor.records),
         "steps": len(steps),
         "training_seconds": round(training.seconds, 2),
@@ -82,10 +90,14 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
         "tokens": monitor.num_tokens,
         "step_seconds": round(monitor.step_seconds, 2),
         "tokens_per_second": round(monitor.num_tokens / monitor.step_seconds, 1) if monitor.step_seconds else None,
-        "peak_memory_bytes": training.peak_memory_bytes,
+        "peak_memory_bytes": training.memory.peak_bytes(),
         "peak_memory_of": "GPU, allocated" if on_gpu else "process, resident",
         # Forge's estimate is of GPU memory; beside a CPU's resident memory it would say nothing.
         "estimated_memory_bytes": estimate.total_bytes if on_gpu and estimate else None,
+        "memory": {
+            **training.memory.describe_device(),
+            "phases": compare_phases(estimate, training.memory.phases),
+        },
         "alarms": monitor.alarms,
         "data": findings.data.report.as_dict(),
         "trainable": asdict(findings.trainable),
@@ -104,7 +116,7 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
             "model": plan.spec.model.name,
             "ema": plan.spec.ema is not None,
         },
-        "next": _next_command(plan, folder),
+        "next": suggest_next(plan.spec, folder.path, gpu_bytes),
     }
 
 
@@ -124,13 +136,15 @@ def _read_rewards(record: dict, prefix: str, of: str) -> dict:
     return {"step": record["step"], "of": of} | {name: record.get(f"{prefix}rewards/{name}") for name in names}
 
 
-def _reward_lines(rewards: list[dict]) -> list[str]:
-    """Renders rewards as a table. Before the first update a model that is its own reference has rewards of 0."""
-    if not rewards:
+def _preference_lines(rewards: list[dict], reference: dict | None) -> list[str]:
+    """Renders what the model was compared with, and rewards as a table: 0 as long as it is its own reference."""
+    if not rewards and not reference:
         return []
+    compared = [f"Reference: {reference['text']}; {reference['start']}.", ""] if reference else []
     lines = [
         "## Preferences",
         "",
+        *compared,
         "| rows | step | better | worse | margin | better wins |",
         "|---|---|---|---|---|---|",
     ]
@@ -139,12 +153,6 @@ def _reward_lines(rewards: list[dict]) -> list[str]:
         share = "" if entry["accuracies"] is None else f"{100 * entry['accuracies']:.1f} %"
         lines.append("| " + " | ".join([entry["of"], str(entry["step"]), *figures, share]) + " |")
     return [*lines, ""]
-
-
-def _next_command(plan: Plan, folder: RunFolder) -> str:
-    if plan.spec.model.name == EMBEDDED_MODEL:
-        return "forge recipes copy qlora-7b my-run.yaml"
-    return f"less {folder.path / 'report.md'}   (it shows how to load the result)"
 
 
 def _samples(samples: list[dict], shown: int) -> list[dict]:
@@ -176,17 +184,9 @@ def render_markdown(report: dict) -> str:
         *_freeze_lines(trainable["freeze"]),
         "## Data",
         "",
-        "| split | format | rows read | kept | dropped | cut | tokens | trained tokens | median | longest |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for split in report["data"]["splits"]:
-        keys = ("name", "format", "rows_read", "rows_kept", "rows_dropped", "rows_truncated", "tokens")
-        cells = [*(split[key] for key in (*keys, "trained_tokens")), split["percentiles"].get("50", 0)]
-        cells.append(split["longest_tokens"])
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += [
+        *render_table(report["data"]["splits"]),
         "",
-        *_reward_lines(report["preferences"]),
+        *_preference_lines(report["preferences"], report["reference"]),
         "## Alarms",
         "",
         *([f"- step {a['step']}: {a['message']}" for a in report["alarms"]] or ["none"]),

@@ -55,7 +55,10 @@ def render_summary(report: dict, folder: Path, program: str = "forge") -> str:
         lines += [f"  asked   {_shorten(sample['shown'])}", f"  before  {_shorten(sample['before'])}"]
         lines += [f"  after   {_shorten(sample['after'])}", ""]
     lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {folder / 'report.md'}"]
-    return "\n".join([*lines, f"next     {report['next'].replace('forge', program, 1)}"])
+    following = report["next"]
+    if following.startswith("forge "):
+        following = program + following.removeprefix("forge")
+    return "\n".join([*lines, f"next     {following}"])
 
 
 def _shorten(text: str) -> str:

@@ -97,5 +97,7 @@ class DataSection(Section):
         description="Which tokens are trained: all assistant turns and their end token, the last turn only, or all.",
     )
     streaming: bool = Field(
-        default=False, description="Tokenise while training instead of before: for rows that outgrow the disk."
+        default=False,
+        description="Tokenise while training instead of before: for rows that outgrow the disk. They are mixed within a "
+        "buffer, so shuffle a sorted file first.",
     )

@@ -19,7 +19,7 @@ class ModelSection(Section):
         description="Hub name (org/name), alias (forge models list) or local folder. forge-tiny is the embedded model.",
     )
     adapter: str | None = Field(
-        default=None, description="Folder of a LoRA adapter to go on training; lora must describe that adapter."
+        default=None, description="Folder of a LoRA adapter to go on training; lora takes its rank, scale and targets."
     )
     chat_template: str | None = Field(
         default=None, description="File with a Jinja chat template, in place of the tokenizer's own."

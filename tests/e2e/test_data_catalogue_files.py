@@ -88,7 +88,7 @@ def test_c16_a_folder_that_is_called_like_a_data_set_of_the_hub(desk):
     assert "./org/name/*.jsonl" in line and "hf://org/name" in line
     assert desk.report(None, train="./org/name/*.jsonl")["splits"][0]["rows_kept"] == 2
     (line,) = desk.refuse(None, train="hf://org/name", code=5)
-    assert "hf://org/name: the hub cannot be reached" in line, "the folder is not taken for the hub"
+    assert "hf://org/name: the data set org/name is not on this machine" in line, "the folder is not taken for the hub"
 
 
 def test_c20_paths(desk, tmp_path, monkeypatch):
@@ -152,7 +152,7 @@ def test_c17_a_file_changes_while_it_is_read(desk, monkeypatch, change, split):
         lines = desk.refuse(None, **settings)
     place = f"{split}.jsonl"
     if change == "bad row":
-        assert lines[0] == f"error: {place}:1: messages is not a list of turns"
+        assert lines[0] == f"error: {place}:1: messages is not a list of turns, but the number 5"
     else:
         assert lines == [f"error: {place}: the file changed while it was read; run again when nothing writes to it"]
     assert list_files(Path("cache")) == []

@@ -112,7 +112,7 @@ def test_preview_for_people(desk):
     blocks = done.out.split("\n\n")
     assert len(blocks) == 4, "three rows and a line that explains"
     assert blocks[0] == (
-        "train rows.jsonl:1: 18 tokens, 8 trained\n"
+        "train row 1, rows.jsonl:1: 18 tokens, 8 trained\n"
         "<|im_start|>user⏎\nhi\tthere<|im_end|>⏎\n<|im_start|>assistant⏎\n[[yo⏎\nman<|im_end|>]]⏎"
     ).replace("18 tokens, 8", re.search(r"\d+ tokens, \d+", blocks[0])[0])
     assert blocks[3] == "\ntrained text stands between [[ and ]]; ⏎ is a line break\n"
@@ -125,10 +125,31 @@ def test_rows_are_chosen_by_number_in_both_splits(desk):
     write_rows("held.jsonl", list_chats(3))
     shown = desk.preview(CHATS, "--row", "2", "--row", "12", eval="held.jsonl")
     assert [row["place"] for row in shown] == ["rows.jsonl:2", "rows.jsonl:12", "held.jsonl:2"]
-    done = desk.data("preview", None, "--row", "99")
-    assert done.code == 3 and "no trained row has the number 99" in done.err
+    asked = desk.data("preview", None, "--row", "2", "--row", "99", eval="held.jsonl")
+    assert asked.code == 3 and "there is no row 99; train has rows 1 to 12, eval has rows 1 to 3" in asked.err
     done = desk.data("preview", LONG, "--row", "13", on_overlong="drop", max_lost_ratio=0.1)
-    assert done.code == 3 and "a row that was dropped or left out is not trained" in done.err
+    assert done.code == 3 and "row 13 is not trained: it is bad, or was dropped or left out" in done.err
+    some = desk.data("preview", None, "--row", "1", "--row", "13", on_overlong="drop", max_lost_ratio=0.1)
+    assert some.code == 0 and "note: row 13 is not trained" in some.err and "train row 1, rows.jsonl:1: " in some.out
+    held = desk.data("preview", CHATS, "--row", "13", eval_rows=4)
+    assert held.code == 3 and held.err.endswith("there is no row 13; train has rows 1 to 12\n")
+    for number in ("0", "-1", "two"):
+        assert desk.data("preview", None, "--row", number).code == 2
+
+
+def test_rows_are_counted_and_not_their_lines(desk):
+    """A header, a blank line and a line break inside a text are no rows; a row keeps the place that Forge names."""
+    Path("a.csv").write_text('prompt,completion\n"a\nb",c\nd,e\n\nf,g\n')
+    Path("b.csv").write_text("prompt,completion\nh,i\n")
+    Path("c.jsonl").write_text('\n\n{"prompt": "j", "completion": "k"}\n')
+    files = ["a.csv", "b.csv", "c.jsonl"]
+    places = {1: "a.csv:2", 2: "a.csv:4", 3: "a.csv:6", 4: "b.csv:2", 5: "c.jsonl:3"}
+    for row, place in places.items():
+        (shown,) = desk.preview(None, "--row", str(row), train=files)
+        assert (shown["row"], shown["place"]) == (row, place)
+        assert "".join(one["text"] for one in shown["stretches"]).startswith("adfhj"[row - 1])
+    assert [(one["row"], one["place"]) for one in desk.preview(None, train=files)] == list(places.items())[:3]
+    assert "train has rows 1 to 5" in desk.data("preview", None, "--row", "6", train=files).err
 
 
 class Page(HTMLParser):
@@ -158,6 +179,8 @@ def test_the_page_is_its_own(desk):
     joined = "".join(page.texts)
     assert "<script>alert(1)</script> \"quoted\" & 'more' \\x1b[31m" in joined and "<b>bold</b>" in joined
     assert len(re.findall('class="trained"', text)) >= 1
+    both = desk.data("preview", None, "--html", "both.html", "--json")
+    assert (both.code, both.out) == (2, "") and "give one of them" in both.err and not Path("both.html").exists()
     done = desk.data("preview", None, "--html", "no/such/folder.html")
     assert done.code == 5 and "the page cannot be written" in done.err
 

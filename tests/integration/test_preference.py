@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,7 +45,14 @@ def test_dpo_teaches_what_the_pairs_say(pair_settings):
     assert result.report["losses"]["eval_raw"] == pytest.approx(
         sum(math.log1p(math.exp(-margin)) for margin in margins) / 60, abs=1e-4
     )
-    assert "## Preferences" in (result.folder / "report.md").read_text()
+    text = (result.folder / "report.md").read_text()
+    assert "## Preferences" in text
+    # The model starts as its reference: all are ties. The rate of the first step is 0, so the second's are as well.
+    shares = [record.get("rewards/accuracies") for record in read_steps(result.folder)]
+    assert shares[:2] == [None, None] and all(0 <= share <= 1 for share in shares[2:])
+    starts = [entry for entry in result.report["preferences"] if entry["step"] <= 1]
+    assert [(entry["margins"], entry["accuracies"]) for entry in starts] == [(0.0, None)] * 2
+    assert " 0.0 %" not in text
 
 
 def test_losses_and_weights_equal_a_loop_by_hand(pair_settings, trainers, tiny_batch):
@@ -136,6 +144,52 @@ def test_kto_by_hand(pair_settings, trainers, adapter, tmp_path):
     assert record["loss"] == pytest.approx(sum(losses) / 6, abs=1e-5)
 
 
+def test_a_kto_row_alone_in_its_batch(pair_settings, trainers, adapter, tmp_path):
+    """Five rows in batches of two: the last has no neighbour whose answer it could be compared with."""
+    data = {name: write_marked(tmp_path / name, split) for name, split in (("train", "train"), ("eval", "heldout"))}
+    lines = Path(data["eval"]).read_text().splitlines(keepends=True)
+    Path(data["eval"]).write_text("".join(lines[:5]))
+    settings = pair_settings(
+        "kto",
+        data=data,
+        model={"adapter": str(adapter)},
+        preference={"reference": "base"},
+        training=one_step(6),
+        evaluation={"per_device_eval_batch_size": 2},
+    )
+    result = run(settings)
+    trained, held = (
+        [
+            (prompt, answer, good)
+            for prompt, *two in encode_pairs(split)
+            for answer, good in zip(two, (1, 0), strict=True)
+        ]
+        for split in ("train", "heldout")
+    )
+    other = trained[trainers[0].train_dataset[0]["row"] - 1][1]
+    held = [held[row - 1] for row in trainers[0].eval_dataset["row"]]
+    base, start = load_base(), PeftModel.from_pretrained(load_base(), adapter).eval()
+
+    def gain(prompt, answer) -> float:
+        with torch.no_grad():
+            return float(sum_log_probs(start, prompt, answer) - sum_log_probs(base, prompt, answer))
+
+    def mean_loss(stand_in: list[int]) -> float:
+        losses = []
+        for batch in (held[:2], held[2:4], held[4:]):
+            others = [batch[-1][1], batch[0][1]] if len(batch) > 1 else [stand_in]
+            gains = [gain(prompt, answer) for (prompt, *_), answer in zip(batch, others, strict=True)]
+            divergence = max(0.0, sum(gains) / len(batch))
+            for prompt, answer, good in batch:
+                reward = BETA * (gain(prompt, answer) - divergence)
+                losses.append(1 - 1 / (1 + math.exp(-reward if good else reward)))
+        return sum(losses) / len(losses)
+
+    found = result.report["losses"]["eval_before"]
+    assert found == pytest.approx(mean_loss(other), abs=1e-5)
+    assert abs(found - mean_loss(held[-1][1])) > 1e-4, "its own answer has to make a difference"
+
+
 def test_held_out_figures_of_methods_without_reference_by_hand(pair_settings):
     """ORPO's plain loss is a mean over tokens, prompt included, its odds one over pairs; SimPO is all over pairs."""
     base = load_base()
@@ -155,6 +209,7 @@ def test_held_out_figures_of_methods_without_reference_by_hand(pair_settings):
     for method, section in sections.items():
         evaluation = {"per_device_eval_batch_size": 7}  # 60 pairs: the last batch is smaller
         result = run(pair_settings(method, preference=section, training=one_step(), evaluation=evaluation))
+        assert result.report["reference"] is None
         assert result.report["losses"]["eval_before"] == pytest.approx(expected[method], abs=1e-4)
         first = next(entry for entry in result.report["preferences"] if entry["of"] == "held out")
         assert first["accuracies"] == pytest.approx(wins / 60, abs=1e-6)
@@ -187,8 +242,12 @@ def test_the_run_says_what_its_reference_is(pair_settings, adapter):
     }
     for name, changes in cases.items():
         listener = Listener()
-        run(pair_settings(training=one_step(), **changes), listener)
+        result = run(pair_settings(training=one_step(), **changes), listener)
         told[name] = [one for one in listener.said if one.startswith(("reference:", "model and", "before the first"))]
+        kept = result.report["reference"]
+        assert told[name] == [f"reference: {kept['text']}", kept["start"]]
+        assert f"{kept['start_margin']:.4f}" in kept["start"] and math.isfinite(kept["start_loss"])
+        assert f"Reference: {kept['text']}; {kept['start']}.\n" in (result.folder / "report.md").read_text()
     agreed = "model and reference agree at the start: loss 0.6931, reward margin 0.0000"
     assert told["fresh"] == ["reference: forge-tiny without adapters", agreed]
     assert told["full"] == ["reference: a frozen copy of forge-tiny", agreed]

@@ -142,41 +142,20 @@ def test_what_is_frozen_of_an_adapter_stays_frozen_beside_its_reference(pair_set
 def test_an_sft_run_goes_on_with_an_adapter(tiny_settings, adapter):
     settings = tiny_settings(model={"adapter": str(adapter)}, lora=LORA, data={"eval": "forge:quickstart/heldout"})
     first = run(settings)
-    again = run({**settings, "model": {"name": "forge-tiny", "adapter": str(first.weights)}})
+    again = run({**settings, "lora": {}, "model": {"name": "forge-tiny", "adapter": str(first.weights)}})
     losses = [result.report["losses"] for result in (first, again)]
     assert losses[1]["eval_before"] == pytest.approx(losses[0]["eval_raw"], abs=1e-5)
     assert losses[1]["eval_raw"] < losses[1]["eval_before"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "spoil", "words"),
-    [
-        ({"lora": {"r": 8, "lora_alpha": 8}}, None, "r is 8 in the run file and 4 in the adapter"),
-        ({"lora": {**LORA, "target_modules": ["q_proj"]}}, None, "target_modules is ['q_proj'] in the run file"),
-        (
-            {},
-            lambda config: config | {"base_model_name_or_path": "org/other"},
-            "org/other, and model.name is forge-tiny",
-        ),
-        ({}, lambda config: config | {"r": 2, "lora_alpha": 4}, "size mismatch"),
-        ({}, lambda config: config | {"peft_type": "IA3"}, "IA3"),
-    ],
-    ids=["rank", "targets", "base", "weights", "kind"],
-)
-def test_an_adapter_that_does_not_fit_is_refused(pair_settings, adapter, tmp_path, changes, spoil, words):
-    if spoil:
-        folder = tmp_path / "spoiled"
-        folder.mkdir()
-        config = spoil(json.loads((adapter / "adapter_config.json").read_text()))
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        (folder / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-        adapter = folder
-        if config["r"] == 2:
-            changes = {"lora": {"r": 2, "lora_alpha": 4}}
-    with pytest.raises(ModelError) as error:
-        run(pair_settings(model={"adapter": str(adapter)}, **changes))
+def test_an_adapter_whose_weights_are_not_what_its_file_says_is_refused(pair_settings, adapter, tmp_path):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"r": 2}))
+    (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
+    settings = pair_settings(model={"adapter": str(tmp_path)})
+    with pytest.raises(ModelError, match="size mismatch") as error:
+        run({**settings, "lora": {}})
     assert error.value.exit_code == 4
-    assert words in str(error.value)
 
 
 def test_an_adapter_with_missing_weights_is_refused(pair_settings, adapter, tmp_path):

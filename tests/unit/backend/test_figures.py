@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from forge_cli.backend.experimental import load_experimental
-from forge_cli.backend.preference import ForgeKTOTrainer, ForgeRewardTrainer, mean_rewards
+from forge_cli.backend.preference import ForgeKTOTrainer, ForgeRewardTrainer, drop_ties, mean_rewards
 from forge_cli.backend.watching import RowCollator, WatchedTrainer
 from forge_cli.resolve.rules_preference import LOSSES
 
@@ -49,6 +49,8 @@ def test_columns_take_the_form_of_each_trainer():
     trainer = ForgeKTOTrainer.__new__(ForgeKTOTrainer)
     trainer.calculate_KL = True
     assert [row["KL_completion_ids"] for row in trainer.reshape_rows(rows)] == [[30], [10], [20]]
+    trainer.train_dataset = [{"completion_ids": [7]}]
+    assert [row["KL_completion_ids"] for row in trainer.reshape_rows(rows[:1])] == [[7]], "its own would be no KL"
     trainer.calculate_KL = False
     assert trainer.reshape_rows(rows) == rows
 
@@ -93,6 +95,17 @@ def test_rewards_of_marked_answers_leave_out_batches_without_the_kind():
     assert mean_rewards(batches, [(2, 0), (0, 2), (1, 0)]) == pytest.approx(
         {"rewards/chosen": 2.0, "rewards/rejected": 6.0, "rewards/margins": -4.0}
     )
+
+
+def test_a_tie_is_no_defeat():
+    names = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+    figures = {**{name: [0.0] for name in names}, "rewards/accuracies": [0.0]}
+    drop_ties(figures)
+    assert figures == {name: [0.0] for name in names}
+    lost = {"rewards/chosen": [-0.1], "rewards/rejected": [0.1], "rewards/margins": [-0.2], "rewards/accuracies": [0.0]}
+    expected = {name: [*values] for name, values in lost.items()}
+    drop_ties(lost)
+    assert lost == expected
 
 
 def test_a_loss_of_two_means_adds_up():

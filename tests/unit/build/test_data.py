@@ -176,7 +176,7 @@ def test_many_overlong_rows_are_counted_and_the_first_named(prepare):
 
 
 def test_a_split_without_rows_is_an_error(prepare):
-    with pytest.raises(DataError, match=r"no row is left for train.*1 rows are longer"):
+    with pytest.raises(DataError, match=r"no row is left for train.*1 row is longer"):
         prepare([chat("a", "x " * 60)], max_length=32, on_overlong="drop", max_lost_ratio=1.0)
 
 
@@ -223,8 +223,8 @@ def test_all_bad_rows_are_named(prepare):
         prepare(rows)
     problems = [str(problem).rpartition("rows.jsonl")[2] for problem in caught.value.problems]
     assert problems == [
-        ":2: messages is not a list of turns",
-        "1 of 5 rows are bad; mend them, or set data.on_bad_row: skip",
+        ":2: messages is not a list of turns, but text",
+        "1 of 5 rows is bad; mend them, or set data.on_bad_row: skip and data.max_bad_ratio: 0.2",
     ]
     with pytest.raises(DataError) as caught:
         prepare([rows[0], *rows[2:]])
@@ -233,18 +233,18 @@ def test_all_bad_rows_are_named(prepare):
         ":2: turn 1 has the unknown role 'gpt'; use system, user, assistant, tool",
         ":3: no assistant turn to train on",
         ":4: the text contains half a character, '\\ud83d'",
-        "3 of 4 rows are bad; mend them, or set data.on_bad_row: skip",
+        "3 of 4 rows are bad; mend them, or set data.on_bad_row: skip and data.max_bad_ratio: 0.75",
     ]
 
 
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"prompt": "a", "completion": 4}, "prompt and completion must both be text or both be lists"),
-        ({"prompt": [], "completion": "a"}, "prompt and completion must both be text or both be lists"),
-        ({"instruction": "a", "output": None}, "instruction, input and output must be text"),
-        ({"instruction": "a", "input": ["b"], "output": "c"}, "instruction, input and output must be text"),
-        ({"text": None}, "NoneType where text is wanted"),
+        ({"prompt": "a", "completion": 4}, "completion is the number 4, not text or a list of turns"),
+        ({"prompt": [], "completion": "a"}, "prompt is a list and completion is text"),
+        ({"instruction": "a", "output": None}, "output is null, not text"),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "input is a list, not text"),
+        ({"text": None}, "text is null, not text; fill it in"),
         ({"messages": [{"role": "assistant", "content": "nobody asked"}]}, "turn 1 answers before anybody asked"),
         ({"text": "half \ud83d"}, "half a character"),
     ],
@@ -258,7 +258,7 @@ def test_batches_keep_the_order(prepare, tokenizer):
     rows = [chat(f"{i}", f"answer {i}") for i in range(BATCH_ROWS + 5)]
     data = prepare(rows)
     assert trained_texts(tokenizer, data.train) == [f"answer {i}{END}" for i in range(len(rows))]
-    rows[3] = rows[BATCH_ROWS + 2] = chat("half \ud83d", "a")
+    rows[3], rows[BATCH_ROWS + 2] = chat("half \ud83d", "a"), chat("a", "")
     with pytest.raises(DataError) as caught:
         prepare(rows)
     places = [problem.where.rpartition(":")[2] for problem in caught.value.problems]
@@ -304,20 +304,35 @@ def test_rows_without_an_answer_or_cut_are_no_questions(prepare):
 # Streams.
 
 
-def test_a_stream_gives_the_rows_of_the_file_and_counts_them(prepare, tokenizer):
+def test_a_stream_gives_the_rows_of_the_file_mixed_and_counts_them(prepare, tokenizer):
     rows = [chat(f"q {i}", f"a {i}") for i in range(5)] + [chat("long", "x " * 100)]
-    whole = prepare(rows, max_length=64, on_overlong="drop", max_lost_ratio=1.0).train
-    data = prepare(rows, max_length=64, on_overlong="drop", max_lost_ratio=1.0, streaming=True)
-    first = [row for row, _ in zip(data.train, range(7), strict=False)]
-    assert [row["input_ids"] for row in first] == [whole[i % 5]["input_ids"] for i in range(7)]
-    assert [row["labels"] for row in first] == [whole[i % 5]["labels"] for i in range(7)]
-    assert [row["row"] for row in first] == [1, 2, 3, 4, 5, 1, 2]
+    settings = {"max_length": 64, "on_overlong": "drop", "max_lost_ratio": 1.0}
+    whole = {row["row"]: row for row in prepare(rows, **settings).train}
+    data = prepare(rows, **settings, streaming=True)
+    first = [row for row, _ in zip(data.train, range(12), strict=False)]
+    assert all(row[name] == whole[row["row"]][name] for row in first for name in ("input_ids", "labels"))
+    epochs = [[row["row"] for row in first[start : start + 5]] for start in (0, 5)]
+    assert [sorted(epoch) for epoch in epochs] == [[1, 2, 3, 4, 5]] * 2
     assert (data.report.splits[0].rows_kept, data.report.splits[0].rows_dropped) == (5, 1)
     next(iter(data.train))  # a trainer starts a stream more than once
     assert data.report.splits[0].rows_kept == 1
     strict = prepare(rows, max_length=64, on_overlong="drop", streaming=True)
-    with pytest.raises(DataError, match="1 of 6 rows lose all or part"):
+    with pytest.raises(DataError, match="1 of 6 rows lose"):
         [row for row, _ in zip(strict.train, range(7), strict=False)]
+
+
+def test_a_stream_has_the_order_of_its_seed_and_epoch(prepare):
+    rows = [chat(f"q {i}", f"a {i}") for i in range(40)]
+
+    def list_orders(seed: int) -> list[list[int]]:
+        stream = prepare(rows, seed=seed, streaming=True).train
+        numbers = [row["row"] for row, _ in zip(stream, range(80), strict=False)]
+        return [numbers[:40], numbers[40:]]
+
+    orders = list_orders(1)
+    assert orders == list_orders(1)
+    different = {tuple(order) for order in [*orders, *list_orders(2), list(range(1, 41))]}
+    assert len(different) == 5, "no epoch is like another, nor like the file"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from row_files import chat, prepare_rows, write_rows
+from row_files import chat, prepare_rows, read_split, write_rows
 from transformers import AutoTokenizer
 
 from forge_cli.data.formats import COLUMNS, drop_nulls, find_kind, find_system, list_unused, read_example
@@ -197,6 +197,32 @@ def test_a_mixed_set_names_a_row_of_each_format(tokenizer, tmp_path):
         f"rows of different formats: messages at {path}:1, text at {path}:301, prompt_completion at {path}:302"
     )
     assert "data.format" in problem.fix
+
+
+def test_files_of_different_formats_are_named(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    files = {"a.jsonl": {"conversations": turns}, "b.jsonl": chat("a", "c"), "c.jsonl": chat("a", "d")}
+    files |= {"d.jsonl": {"prompt": "a", "completion": " b"}, "e.jsonl": {"instruction": "a", "output": "b"}}
+    for name, row in files.items():
+        write_rows(tmp_path / name, [row, row])
+
+    def refuse(*names: str):
+        with pytest.raises(DataError) as caught:
+            prepare_rows(tokenizer, train=list(names))
+        (problem,) = caught.value.problems
+        return problem
+
+    problem = refuse("a.jsonl", "b.jsonl", "c.jsonl")
+    assert problem.what == "files of different formats: a.jsonl: conversations; b.jsonl and 1 more: messages"
+    source = {"path": "a.jsonl", "columns": {"messages": "conversations"}}
+    assert "data.train" in problem.fix and "{path: a.jsonl, columns: {messages: conversations}}" in problem.fix
+    assert len(read_split(prepare_rows(tokenizer, train=[source, "b.jsonl", "c.jsonl"]))) == 6, "the fix is one"
+    problem = refuse("d.jsonl", "e.jsonl")
+    assert problem.what == "files of different formats: d.jsonl: prompt_completion; e.jsonl: instruction"
+    assert "{path: e.jsonl, columns: {prompt: ..., completion: ...}}" in problem.fix
+    source = {"path": "e.jsonl", "columns": {"prompt": "instruction", "completion": "output"}}
+    assert len(read_split(prepare_rows(tokenizer, train=["d.jsonl", source]))) == 4
 
 
 def test_a_named_format_decides_between_columns(tokenizer, tmp_path):

@@ -119,7 +119,10 @@ PREFERENCE: dict[str, tuple[list[dict], list[tuple]]] = {
         [{"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}],
         [("The sky is", " blue.", " green.")],
     ),
-    "implicit preference": ([{"chosen": "The sky is blue.", "rejected": "The sky is green."}], [None]),
+    "implicit preference": (
+        [{"chosen": "The sky is blue.", "rejected": "The sky is green."}],
+        [("The sky is", " blue.", " green.")],
+    ),
     "conversational preference": (
         [{"prompt": [TERSE, USER], "chosen": [BLUE], "rejected": [GREEN]}],
         [([TERSE, USER], [BLUE], [GREEN])],
@@ -216,12 +219,6 @@ def test_rows_of_pairs(tokenizer, tmp_path, name, suffix, method):
     rows, wanted = PREFERENCE[name]
     found = prepare(tokenizer, tmp_path / f"rows{suffix}", rows, method)
     for row, what in zip(found, wanted, strict=True):
-        if what is None:
-            # Without a prompt the first token is given; nothing else is taken out of the answers.
-            full = [encode(tokenizer, rows[0][side] + END) for side in ("chosen", "rejected")]
-            assert [row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")] == full
-            assert row["prompt_ids"] == full[0][:1]
-            continue
         prompt, chosen, rejected, *tools = what
         tools = tools[0] if tools else None
         if isinstance(prompt, str):

@@ -112,7 +112,7 @@ def test_the_examples_are_there():
         ("hf://name", "hf://name: not the name of a data set; write hf://org/name[/subset][@revision]"),
         ("hf://a/b/c/d", "hf://a/b/c/d: not the name of a data set"),
         ("./data", "./data: a folder; name its files: ./data/*.jsonl"),
-        ("data/deep/", "data/deep/: a folder; name its files: data/deep/*.jsonl"),
+        ("data/deep/", "data/deep/: a folder; name its files: data/deep/*.jsonl.gz"),
         ("/dev/null", "/dev/null: not a regular file; name the file with the rows"),
         ("a\0b", "a\\x00b: "),
         ("x" * 5000, "x" * 5000 + ": not the name of a file: File name too long"),
@@ -121,6 +121,13 @@ def test_the_examples_are_there():
 )
 def test_what_is_no_file_says_what_is_near(folder, path, wanted):
     assert refusal(path).startswith(wanted)
+
+
+def test_the_files_of_a_folder_are_named_by_their_most_frequent_ending(folder):
+    (folder / "mixed").mkdir()
+    for name in ("a.csv", "b.parquet", "c.PARQUET", "d.parquet", "e.txt", "e.txt.md", "f.txt"):
+        (folder / "mixed" / name).touch()
+    assert refusal("./mixed") == "./mixed: a folder; name its files: ./mixed/*.parquet"
 
 
 def test_an_empty_match_names_the_nearest_files(folder):
@@ -151,7 +158,7 @@ def test_a_folder_with_a_script_is_refused(folder):
 def test_a_folder_that_is_called_like_a_data_set_is_ambiguous(folder):
     assert refusal("data/deep", MachineError) == (
         "data/deep: ambiguous: a folder, and a name of the hub; "
-        "write ./data/deep/*.jsonl for the files of the folder, or hf://data/deep for the hub"
+        "write ./data/deep/*.jsonl.gz for the files of the folder, or hf://data/deep for the hub"
     )
     assert find_files("hf://data/deep") == [DataFile("hf://data/deep", None, "hub")]
 
@@ -225,7 +232,7 @@ def test_a_data_sets_fingerprint_is_of_its_commit_and_split(copy):
     [
         ("org/name", "test", DataError, "Unknown split \"test\". Should be one of ['train'].; check the name and the"),
         ("hf://org/name/other", "train", DataError, "the data set cannot be loaded: Couldn't find cache for org/name"),
-        ("org/none", "train", MachineError, "the hub cannot be reached: Couldn't reach"),
+        ("org/none", "train", MachineError, "the data set org/none is not on this machine, and HF_HUB_OFFLINE is set"),
         (
             "org/name@main",
             "train",

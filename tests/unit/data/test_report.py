@@ -6,12 +6,13 @@ import random
 import re
 
 import pytest
-from row_files import chat, prepare_rows, read_split, write_rows
+from row_files import chat, list_chats, prepare_rows, read_split, write_rows
 from transformers import AutoTokenizer
 
+from forge_cli.data.judging import render_histogram
 from forge_cli.data.prepare import prepare_tokens
 from forge_cli.data.report import DataReport
-from forge_cli.data.report_text import list_notes, render_report
+from forge_cli.data.report_text import list_notes, render_report, render_table
 from forge_cli.paths import assets_root
 from forge_cli.schema.runspec import RunSpec
 
@@ -56,6 +57,28 @@ def test_lengths(tokenizer, tmp_path):
         below = edge
 
 
+@pytest.mark.parametrize("on_overlong", ["drop", "truncate", "split"])
+def test_the_histogram_is_of_rows_before_cutting(tokenizer, tmp_path, on_overlong):
+    """The choice of max_length is made by looking at what it would cut."""
+    lengths = [20, 30, 40, 50, 50, 51, 90, 130]
+    settings = {"max_length": 50, "on_overlong": on_overlong, "max_lost_ratio": 1.0}
+    source = {"path": write_tokens(tmp_path, lengths), "weight": 2}
+    report = prepare_rows(tokenizer, train=source, **settings).report
+    histogram = report.splits[0].histogram
+    assert sum(count for end, count in histogram if end <= 50) == 5 and 50 in [end for end, _ in histogram]
+    assert (sum(count for end, count in histogram if end > 50), histogram[-1][0]) == (3, 130)
+    text = render_report(report, with_histogram=True)
+    below, above = text.partition("row length of train, before cutting\n")[2].split("  -- data.max_length 50 --\n")
+    ends = [[int(end) for end in re.findall(r"up to +(\d+) tokens", text)] for text in (below, above)]
+    assert ends[0][-1] == 50 and min(ends[1]) > 50
+
+
+def test_the_mark_stands_at_the_end_where_every_row_fits(tokenizer, tmp_path):
+    (split,) = prepare_rows(tokenizer, train=write_tokens(tmp_path, [10, 12]), max_length=64).report.splits
+    assert [end for end, _ in split.histogram] == [10, 11, 12]
+    assert render_histogram(split).splitlines()[-1] == "  -- data.max_length 64 --"
+
+
 def test_steps_with_and_without_packing(tokenizer, tmp_path):
     # Best-fit decreasing into 100: 90 | 60+40 | 60+40 | 50+50, which no other order beats: 390 tokens need four.
     path = write_tokens(tmp_path, [60, 40, 90, 50, 50, 60, 40])
@@ -96,6 +119,18 @@ def test_what_ends_and_what_does_not(tokenizer, tmp_path):
     ]
     (split,) = prepare_rows(tokenizer, train=write_rows(tmp_path / "rows.jsonl", rows)).report.splits
     assert (split.rows_without_end, split.rows_untrained, split.trained_tokens) == (2, 1, 3 + 2 + 2)
+
+
+def test_the_page_of_a_run_has_a_table_of_its_rows(tokenizer, tmp_path):
+    rows = [*list_chats(9), {"messages": 5}, {"messages": 6}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    report = prepare_rows(tokenizer, train=path, eval_rows=2, on_bad_row="skip", max_bad_ratio=0.2).report
+    head, rule, *lines = [line.strip("| ").split(" | ") for line in render_table(report.as_dict()["splits"])]
+    assert len(rule) == len(head) and {*rule} == {"---"}, "without a cell for every column it is no table"
+    train, held = (dict(zip(head, line, strict=True)) for line in lines)
+    counts = ("split", "format", "rows read", "bad", "kept")
+    assert [train[name] for name in counts] == ["train", "messages", "11", "2", "7"]
+    assert [held[name] for name in counts] == ["eval", "messages", "2", "0", "2"]
 
 
 def test_the_text_has_every_count_and_notes_say_what_is_odd(tokenizer, tmp_path):

@@ -128,14 +128,16 @@ def test_completion_and_its_end_token_are_trained(tiny):
     assert everything.labels == everything.input_ids == tokens.input_ids
 
 
-def test_a_token_across_the_border_belongs_to_the_completion(load):
-    """Otherwise the first word of every answer would never be learned, without a word."""
+def test_a_token_across_the_border_is_parted(load):
+    """The model is asked with the space; the first word of every answer is learned, and nothing of the prompt."""
     tokenizer = load()
     joined = next(token for token in tokenizer.get_vocab() if token.startswith("\u0120") and token[1:].isalpha())
     word = joined[1:]
     assert len(tokenizer(f" {word}")["input_ids"]) == 1
     tokens = tokenize(tokenizer, Renderer(tokenizer).render_completion("x: ", word, train_on="assistant"))
-    assert trained_text(tokenizer, tokens) == f" {word}{END}"
+    assert trained_text(tokenizer, tokens) == f"{word}{END}"
+    asked = tokenizer("x: ")["input_ids"]
+    assert tokens.input_ids[: len(asked)] == asked
 
 
 def test_text_gets_one_end_token(tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -97,14 +98,85 @@ def test_contradictions(method, changes, words):
     assert words in refuse(method, **changes)
 
 
-def test_an_adapter_is_described_by_the_plan(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
-    model = {"adapter": str(tmp_path)}
+@pytest.fixture
+def save_adapter(tmp_path, monkeypatch):
+    """Writes the file that PEFT writes, with a few other values, into a folder named adapter."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(text: str = "", **changes) -> dict:
+        config = {"peft_type": "LORA", "base_model_name_or_path": "somewhere/forge-tiny", "r": 4, "lora_alpha": 8}
+        config |= {"use_rslora": True, "use_dora": False, "lora_dropout": 0.3, "modules_to_save": None}
+        config |= {"target_modules": ["v_proj", "q_proj"], "layers_to_transform": None, **changes}
+        Path("adapter").mkdir(exist_ok=True)
+        Path("adapter/adapter_config.json").write_text(text or json.dumps(config))
+        return {"name": "forge-tiny", "adapter": "adapter"}
+
+    return save
+
+
+@pytest.mark.parametrize("base", [{}, {"preset": "dpo"}, {"preset": "sft"}, {"extends": "tiny-dpo"}])
+def test_a_run_takes_the_shape_of_the_adapter_that_it_goes_on_with(save_adapter, base):
+    data = {"train": "forge:preference/train" if "sft" not in base.values() else "forge:quickstart/train"}
+    plan = resolve_mapping({**base, "model": save_adapter(), "data": {**data, "max_length": 128}})
+    values = {"r": 4, "lora_alpha": 8, "use_rslora": True, "use_dora": False, "modules_to_save": []}
+    values["target_modules"] = ["q_proj", "v_proj"]
+    for name, value in values.items():
+        assert getattr(plan.spec.lora, name) == value
+        assert plan.origin(f"lora.{name}").where == "adapter/adapter_config.json"
+    assert plan.spec.lora.lora_dropout == 0, "dropout is the run's own"
+    Path("plan.yaml").write_text(dump_plan(plan))
+    assert "r: 4" in dump_plan(plan) and "# adapter/adapter_config.json" in dump_plan(plan)
+    assert resolve_plan(Path("plan.yaml")).digest == plan.digest
+
+
+def test_names_in_another_order_are_the_same_plan(save_adapter):
+    digests = {
+        resolve(model=save_adapter(target_modules=one)).digest for one in (["q_proj", "v_proj"], ["v_proj", "q_proj"])
+    }
+    assert len(digests) == 1
+    assert resolve(model=save_adapter(target_modules=".*q_proj")).spec.lora.target_modules == "all-linear"
+
+
+def test_what_a_run_file_says_otherwise_is_refused_at_its_line(save_adapter):
+    save_adapter()
+    base = "model: {name: forge-tiny, adapter: adapter}\ndata: {train: forge:quickstart/train, max_length: 128}\n"
+    Path("run.yaml").write_text(base + "lora:\n  r: 8\n  target_modules: [q_proj]\n  lora_dropout: 0.1\n")
+    with pytest.raises(ConfigError) as error:
+        resolve_plan(Path("run.yaml"))
+    assert str(error.value) == (
+        "run.yaml:4:3 lora.r: r is 8 here and 4 in the adapter adapter; leave it out, or write r: 4\n"
+        'run.yaml:5:3 lora.target_modules: target_modules is ["q_proj"] here and ["q_proj", "v_proj"] in the adapter '
+        'adapter; leave it out, or write target_modules: ["q_proj", "v_proj"]'
+    )
+    Path("run.yaml").write_text(base + "lora: {r: 4, lora_alpha: 8.0, target_modules: [v_proj, q_proj]}\n")
+    resolve_plan(Path("run.yaml"))
+    with pytest.raises(ConfigError, match=r"^--set lora\.lora_alpha: lora_alpha is 16 here and 8 in the adapter"):
+        resolve_plan(Path("run.yaml"), ["lora.lora_alpha=16"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"base_model_name_or_path": "org/other"}, "trained on org/other, and model.name is forge-tiny; on other"),
+        ({"peft_type": "IA3"}, "holds an adapter of the type IA3; Forge goes on with LoRA adapters"),
+        ({"text": "{"}, "adapter_config.json of adapter cannot be read: Expecting property name"),
+        ({"text": "[" * 100_000}, "adapter_config.json of adapter cannot be read"),
+        ({"text": "[1]"}, "holds an adapter of the type None"),
+        ({"r": "four"}, "lora.r: "),
+        ({"r": 0}, "lora.r: "),
+    ],
+)
+def test_an_adapter_that_is_of_no_use_is_refused_before_anything_is_loaded(save_adapter, changes, words):
+    assert words in refuse(model=save_adapter(**changes))
+
+
+def test_an_adapter_and_what_does_not_go_with_it(save_adapter):
+    model = save_adapter()
     resolve(model=model, preference={"reference": "adapter"})
-    resolve("sft", model=model)
-    assert "write lora: {r: 4, lora_alpha: 8}" in refuse(model=model, lora=None)
+    assert "remove the line: the adapter's own values are taken" in refuse(model=model, lora=None)
     assert "a reward model starts with a new head" in refuse("reward", model=model)
     assert "model.adapter is where the adapter starts" in refuse(model=model, lora={"init_lora_weights": "gaussian"})
+    assert "no/model" in refuse(model={**model, "name": "./no/model"}), "and nothing about the adapter"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +195,8 @@ def test_experimental_methods_are_marked():
     marked = f"is experimental in TRL {version('trl')}:"
     for method in ("orpo", "cpo"):
         assert any(one.startswith(f"{method} {marked}") for one in resolve(method).derived.warnings)
+    (told,) = (one for one in resolve("cpo", preference={"loss_type": "simpo"}).derived.warnings if marked in one)
+    assert told.startswith(f"simpo (method: cpo) {marked}")
     assert not any(marked in one for one in resolve("dpo").derived.warnings)
 
 
