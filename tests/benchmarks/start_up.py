@@ -2,7 +2,8 @@
 
     python tests/benchmarks/start_up.py
 
-The least of several interleaved runs each; budgets are 0.8, 0.8 and 1.6. What the commands may import at all is
+The least of several interleaved runs each; budgets are 0.8, 0.8, 1.6 and, for
+estimates, 2.0. What the commands may import at all is
 a test (tests/architecture/test_start_up.py); this is how long it takes.
 """
 
@@ -44,6 +45,9 @@ def main() -> None:
             "forge --help": [*forge, "--help"],
             "forge presets list": [*forge, "presets", "list"],
             "forge config validate": [*forge, "config", "validate", str(run_file)],
+            "forge estimate run.yaml --gpu": [*forge, "estimate", str(run_file), "--gpu", "rtx-4090"],
+            "forge estimate --model mistral-7b": [*forge, "estimate", "--model", "mistral-7b"],
+            "forge estimate ... --max length": [*forge, "estimate", str(run_file), "--max", "length", "--gpu", "l4"],
         }
         best = dict.fromkeys(commands, float("inf"))
         for _ in range(ROUNDS):

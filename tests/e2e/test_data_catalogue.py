@@ -328,4 +328,6 @@ def test_c14_one_answer_in_a_hundred_may_be_lost(desk):
     split = desk.report(rows, on_overlong="truncate")["splits"][0]
     assert (split["rows_truncated"], split["rows_lost"]) == (1, 1)
     assert "rows.jsonl:98" in desk.refuse(rows[2:], on_overlong="truncate")[0], "1 of 98 is more than 1 %"
-    assert "1 of 100 rows is longer than data.max_length 128" in desk.refuse(rows)[0], "on_overlong: error is the default"
+    assert "1 of 100 rows is longer than data.max_length 128" in desk.refuse(rows)[0], (
+        "on_overlong: error is the default"
+    )
