@@ -18,7 +18,7 @@ def estimate(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU of the table (--fits).")] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU that --fits lists.")] = None,
     memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="A GPU with this much: 16GiB.")] = None,
     sharding: Annotated[
         str | None, typer.Option("--sharding", metavar="HOW:RANKS", help="One rank of ddp:8, fsdp2:8, zero3:8:offload.")
@@ -37,7 +37,7 @@ def estimate(
         str | None, typer.Option("--price", metavar="PER_HOUR", help="Price of the GPU, such as 2.50/h.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=1, help="Tokens of one epoch, for the duration.")
+        int | None, typer.Option("--tokens", metavar="N", min=1, help="Tokens of one epoch, for the duration.")
     ] = None,
     data: Annotated[bool, typer.Option("--data", help="Read and tokenise the rows first, for the duration.")] = False,
     trace: Annotated[
@@ -49,7 +49,7 @@ def estimate(
     explain: Annotated[bool, typer.Option("--explain", help="Each part's formula, with numbers and source.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Predict the GPU memory, time and cost of a run file, or of a model's methods."""
+    """Predict the GPU memory, time and cost of a run, or of a model's methods."""
     from forge_cli.cli import estimate_tasks as tasks
 
     if calibrate:

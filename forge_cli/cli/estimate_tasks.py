@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from forge_cli.cli import estimate_text as text
 from forge_cli.cli.render import print_json, print_table
 from forge_cli.errors import ConfigError, DataError, ModelError
-from forge_cli.estimate.advice import advise
 from forge_cli.estimate.budget import Device, make_budget
 from forge_cli.estimate.devices import choose_device, list_devices
 from forge_cli.estimate.memory import MemoryEstimate, estimate_memory
 from forge_cli.estimate.plan_memory import setting_from_plan
-from forge_cli.estimate.plan_time import estimate_plan_run, estimate_plan_step, read_price
 from forge_cli.estimate.setting import Setting
 from forge_cli.resolve.plan import Plan, resolve_mapping, resolve_plan
 
@@ -24,8 +22,7 @@ METHODS = {"full": "sft", "LoRA": "lora", "QLoRA": "qlora"}
 _ROWS = "forge:quickstart/train"
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What is asked about: a run file, or a model with the qlora preset.
 
     Attributes:
@@ -125,6 +122,9 @@ def answer_methods(question: Question) -> None:
 
 def answer_run(question: Question, *, price: str | None, tokens: int | None, data: bool, explain: bool) -> None:
     """Prints the estimate of one run: peak, parts, instants, verdict, advice, time and cost."""
+    from forge_cli.estimate.advice import advise
+    from forge_cli.estimate.plan_time import estimate_plan_run, estimate_plan_step, read_price
+
     per_hour = read_price(price)
     plan, estimate, device = question.resolve(), question.estimate(), question.device()
     budget = make_budget(estimate, device) if device else None

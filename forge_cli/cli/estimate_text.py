@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from forge_cli.cli.render import print_json, print_table
-from forge_cli.estimate.advice import Advice
 from forge_cli.estimate.budget import Budget, Device, make_budget
-from forge_cli.estimate.causes import explain_part
 from forge_cli.estimate.devices import list_devices, smallest_that_fit
-from forge_cli.estimate.duration import RunTime, StepTime
 from forge_cli.estimate.memory import INSTANTS, Instant, MemoryEstimate
-from forge_cli.resolve.plan import Plan
 from forge_cli.units import format_bytes, format_duration
+
+if TYPE_CHECKING:
+    from forge_cli.estimate.advice import Advice
+    from forge_cli.estimate.duration import RunTime, StepTime
+    from forge_cli.resolve.plan import Plan
 
 _WIDTH = 100
 _BAR = 24
@@ -48,6 +48,8 @@ def print_methods(model: str, rows: Sequence[tuple[str, bool, MemoryEstimate]], 
 
 def print_run(plan: Plan, estimate: MemoryEstimate, budget: Budget | None) -> None:
     """Prints the peak, its parts, the instants and the verdict."""
+    from forge_cli.estimate.causes import explain_part
+
     print(_headline(plan))
     print(
         f"\nallocated  {format_bytes(estimate.total_bytes):>10}  at the highest instant: {INSTANTS[estimate.peak.name]}"
@@ -120,6 +122,10 @@ def describe_time(step: StepTime | None, whole: RunTime | None) -> dict | None:
 
 def print_explanations(estimate: MemoryEstimate) -> None:
     """Prints each part's formula with this run's numbers, and its source."""
+    import textwrap
+
+    from forge_cli.estimate.causes import explain_part
+
     print("\nwhere the numbers come from")
     for part, size in estimate.peak.parts.items():
         cause = explain_part(part, estimate)
@@ -179,6 +185,8 @@ def list_assumptions(estimate: MemoryEstimate) -> list[str]:
 
 def describe_run(plan: Plan, estimate: MemoryEstimate, budget: Budget | None, advice: Sequence[Advice]) -> dict:
     """Returns the whole answer as plain data; sizes in bytes."""
+    from forge_cli.estimate.causes import explain_part
+
     return {
         "model": plan.spec.model.name,
         "digest": plan.digest,

@@ -33,7 +33,9 @@ class Attention:
         trains: Its own weights are trained.
     """
 
-    def __init__(self, ops: Operations, setting: Setting, linear: dict[str, Linear], norm: Norm, *, trains: bool) -> None:
+    def __init__(
+        self, ops: Operations, setting: Setting, linear: dict[str, Linear], norm: Norm, *, trains: bool
+    ) -> None:
         facts = setting.facts
         self.ops, self.setting, self.facts, self.linear, self.norm = ops, setting, facts, linear, norm
         self.family, self.type = find_family(facts), facts.model_type
@@ -134,8 +136,6 @@ class Attention:
                 has_alibi = self.facts.layout == FALCON_SEQUENTIAL
                 return run_falcon_eager(self.ops, query, key, value, mask, heads, has_alibi=has_alibi)
             style = self.type if self.type in _EAGER_STYLES else "llama"
-            return run_eager(
-                self.ops, query, key, value, mask, heads, style=style, sinks=self.sinks, ordered=ordered
-            )
+            return run_eager(self.ops, query, key, value, mask, heads, style=style, sinks=self.sinks, ordered=ordered)
         repeats = self.type != "falcon"
         return run_sdpa(self.ops, query, key, value, mask, heads, repeats=repeats, ordered=ordered), None

@@ -65,7 +65,8 @@ def _explain_activations(s: Setting, size: int) -> Cause:
         stream = s.trained_bytes if s.adapters is None else s.weight_bytes
         kept = stream * s.facts.hidden_size * tokens
         formula = (
-            f"{layers} layers x {format_bytes(kept)} of input ({tokens} tokens x {s.facts.hidden_size} x {stream} bytes)"
+            f"{layers} layers x {format_bytes(kept)} of input "
+            f"({tokens} tokens x {s.facts.hidden_size} x {stream} bytes)"
             f" + {format_bytes(max(size - layers * kept, 0))} of the layer that runs again"
         )
     else:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from dataclasses import replace
 
 from forge_cli.errors import ConfigError
@@ -45,6 +43,9 @@ def from_gpu(gpu: Gpu) -> Device:
 
 def find_visible() -> Device | None:
     """Asks the driver's own tool for the first GPU; torch stays unloaded."""
+    import shutil
+    import subprocess
+
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
     try:

@@ -67,9 +67,7 @@ class Experts:
         """``torch.topk``."""
         ops, numel, size = self.ops, x.numel, x.itemsize
         indices = ops.new(tokens * self.per_token, _INDEX)
-        (values,) = ops.tape.apply(
-            (x,), [(indices.numel, size)], lambda g, _: [ops.new(numel, size)], (indices,)
-        )
+        (values,) = ops.tape.apply((x,), [(indices.numel, size)], lambda g, _: [ops.new(numel, size)], (indices,))
         return values, indices
 
     def _normalize(self, x: Tensor, tokens: int) -> Tensor:

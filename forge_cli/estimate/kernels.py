@@ -128,9 +128,7 @@ def _list_workspace(heads: Heads, itemsize: int, is_flash: bool) -> list[tuple[i
     return found
 
 
-def _compose(
-    ops: Operations, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: Heads
-) -> Tensor:
+def _compose(ops: Operations, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, heads: Heads) -> Tensor:
     """Attention out of single operations, in fp32 and out of autocast's reach.
 
     Source: torch 2.13, ``_scaled_dot_product_attention_math`` and ``_safe_softmax``.
@@ -145,12 +143,11 @@ def _compose(
     copy, repeat = (ops.copy, ops.gather) if heads.batch > 1 else (lambda x: x, ops.expand)
     attn = ops.matmul(copy(scaled), repeat(ops.scale(key_acc), whole), cells)
     attn = ops.add_in_place(attn, mask)
-    if ops.formats.cuda:
-        # Before the result come the softmax itself and where it has no row to sum; on the CPU as well, but there
-        # nothing that could be compared with sees it.
-        inside = ops.new(cells, FP32), ops.new(cells, 1)
-        del inside
+    # Beside the result lie the softmax itself and where it has no row to sum. On the CPU as well, but there nothing
+    # that a replay could be compared with sees it.
+    inside = [ops.new(cells, FP32), ops.new(cells, 1)] if ops.formats.cuda else []
     attn = ops.unary(attn, saves_output=True)
+    del inside
     output = ops.matmul(attn, repeat(value_acc, whole), whole)
     # It returns the weights too, which sdpa drops.
     return (ops.cast(output, size), ops.cast(attn, size))[0]

@@ -66,7 +66,8 @@ class Linear:
         expected = result.itemsize
         # bitsandbytes' layers ask whether CUDA's autocast is on, whatever the device.
         converts = not (self.bits and ops.formats.autocast and ops.formats.cuda)
-        if converts:
+        # Under autocast Forge leaves the input as it is (``parts/adapter_inputs.py``), except for DoRA.
+        if converts and (self.magnitude is not None or not ops.formats.autocast):
             x = ops.cast(x, self.down.itemsize)
         if self.magnitude is not None:
             result = self._add_dora(x, result)
@@ -106,14 +107,14 @@ class Linear:
         tokens, size = x.numel // self.inputs, x.itemsize
 
         def backward(g, _):
-            scales = self._unpack_scales()
+            scales = self._unpack_scales(1)
             unpacked = self._unpack(self.setting.weight_bytes)
             del scales
             unpacked = ops.cast(unpacked, size)
             return [ops.new(tokens * self.inputs, size)]
 
         if tokens > UNPACKS_ABOVE_ROWS or not ops.formats.cuda:
-            scales, unpacked = self._unpack_scales(), self._unpack(size)
+            scales, unpacked = self._unpack_scales(2 if ops.formats.cuda else 1), self._unpack(size)
             (y,) = ops.tape.apply((x,), [(tokens * self.outputs, size)], backward)
             del scales, unpacked
         else:
@@ -146,12 +147,10 @@ class Linear:
         ops.tape.keep(y, x)
         return y
 
-    def _unpack_scales(self) -> list[Tensor]:
-        """Scales that are quantised themselves, in fp32 and then shifted."""
-        if not self.setting.double_quant:
-            return []
+    def _unpack_scales(self, copies: int) -> list[Tensor]:
+        """Scales that are quantised themselves, in fp32; CUDA's forward pass keeps them before and after a shift."""
         numel = -(-self.inputs * self.outputs // _BLOCK)
-        return [self.ops.new(numel, FP32), self.ops.new(numel, FP32)]
+        return [self.ops.new(numel, FP32) for _ in range(copies if self.setting.double_quant else 0)]
 
     def _unpack(self, itemsize: int) -> Tensor:
         return self.ops.new(self.inputs * self.outputs, itemsize)

@@ -29,12 +29,20 @@ def fused_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) 
     tile = (min(tokens, TILE_TOKENS), min(vocabulary, TILE_VOCABULARY))
     capped = setting.facts.model_type == "gemma2"  # tanh bounds its logits, and is kept for its gradient
 
-    def run_tile(copies: float, keeps_cast: bool) -> None:
-        """What one tile needs beside the buffer: casts, and on the CPU the arithmetic that Triton does in place."""
+    rounds = -(-tokens // TILE_TOKENS) * -(-vocabulary // TILE_VOCABULARY)
+
+    def run_tiles(copies: float, keeps_cast: bool) -> None:
+        """What tiles need beside the buffer: casts, and on the CPU the arithmetic that Triton does in place."""
         held = [ops.new(tile[0] * width, compute)] if compute != size else []
         if compute != head_size:
             held.append(ops.new(tile[1] * width, compute))
-            if not keeps_cast:
+            if keeps_cast and rounds > 1:
+                del held[-1]
+                ops.new(
+                    _widest_pair(vocabulary) * width, compute
+                )  # the last round's cast is held while the next is made
+                held.append(ops.new(tile[1] * width, compute))
+            elif not keeps_cast:
                 held.pop()
         if not ops.formats.cuda:
             held.append(ops.new(round(tile[0] * tile[1] * copies), FP32))
@@ -43,7 +51,7 @@ def fused_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) 
         of_hidden = ops.new(tokens * width, FP32)
         of_head = ops.new(vocabulary * width, FP32) if head_trains else None
         buffer = ops.new(tile[0] * TILE_VOCABULARY, compute)
-        run_tile(7.25 + capped, keeps_cast=True)
+        run_tiles(7.25 + capped, keeps_cast=True)
         if size != FP32:
             of_hidden = ops.new(tokens * width, size)
         if of_head is not None and head_size != FP32:
@@ -53,11 +61,18 @@ def fused_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) 
 
     statistics = [ops.new(tokens, FP32) for _ in range(7)]
     buffer = ops.new(tile[0] * TILE_VOCABULARY, compute)
-    run_tile(3.25, keeps_cast=False)
+    run_tiles(3.25, keeps_cast=False)
     kept = [ops.new(tokens, FP32) for _ in range(3)]
     (log_probs,) = ops.tape.apply((hidden, head), [(tokens, FP32)], backward, (hidden, head, *kept))
     del buffer, statistics
     return _sum(ops, ops.scale(log_probs))
+
+
+def _widest_pair(vocabulary: int) -> int:
+    """Returns the words of two rounds in a row; the last chunk of the vocabulary may be narrower."""
+    if vocabulary <= TILE_VOCABULARY:
+        return 2 * vocabulary
+    return 2 * TILE_VOCABULARY if vocabulary >= 2 * TILE_VOCABULARY else vocabulary
 
 
 def plain_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) -> Tensor:
@@ -73,7 +88,10 @@ def plain_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) 
 
 
 def score_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) -> Tensor:
-    """A reward model's loss: one score per sequence. Source: transformers 5.23, ``GenericForSequenceClassification``."""
+    """A reward model's loss: one score per sequence.
+
+    Source: transformers 5.23, ``GenericForSequenceClassification``.
+    """
     return _sum(ops, ops.linear(hidden, head, None, setting.facts.hidden_size, 1))
 
 

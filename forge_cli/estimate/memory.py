@@ -85,17 +85,19 @@ def estimate_memory(setting: Setting) -> MemoryEstimate:
     held["adapters"] = adapters
     held["reference"] = setting.reference_bytes
     held["EMA"] = average if setting.ema == "device" else 0
-    instants = [Instant("load", _tidy({**held, "EMA": 0, "loading": setting.loading_bytes}))]
+    instants = [Instant("load", _tidy({**held, "EMA": 0, "reference": 0, "loading": setting.loading_bytes}))]
     # On the CPU bitsandbytes pages nothing.
     optim = setting.optim if setting.cuda else setting.optim.removeprefix("paged_")
-    held["optimizer"] = weigh_optimizer(setting.trained, optim, setting.trained_bytes, granule)
+    held["optimizer"] = weigh_optimizer(
+        setting.trained, optim, setting.trained_bytes, granule, setting.trained_embeddings
+    )
     held["workspace"] = CUBLAS_BYTES if setting.cuda else 0
     for name, (_, parts) in replay_step(setting).items():
         if name in INSTANTS:
             instants.append(_join(name, held, parts))
     step = {
         "gradients": gradients,
-        "optimizer": step_transient_bytes(setting.trained, setting.optim, setting.trained_bytes),
+        "optimizer": step_transient_bytes(setting.trained, setting.optim, setting.trained_bytes, cuda=setting.cuda),
     }
     if setting.ema == "device" and setting.trained_bytes < 4:
         step["EMA"] = average

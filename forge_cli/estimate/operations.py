@@ -135,15 +135,10 @@ class Operations:
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
         """``a * b``, the smaller one broadcast over the larger."""
         numel, size = max(a.numel, b.numel), max(a.itemsize, b.itemsize)
-        shapes = [(one.numel, one.itemsize) if one.needs_grad else None for one in (a, b)]
+        needs = [one.needs_grad for one in (a, b)]
 
         def backward(g, _):
-            # The engine sums over broadcast dimensions when the gradients of both exist.
-            found = [None if shape is None else self.new(numel, size) for shape in shapes]
-            for index, shape in enumerate(shapes):
-                if shape is not None:
-                    found[index] = self._reduce(found[index], *shape)
-            return found
+            return [self.new(numel, size) if needed else None for needed in needs]
 
         save = [*([a] if b.needs_grad else []), *([b] if a.needs_grad else [])]
         (y,) = self.tape.apply((a, b), [(numel, size)], backward, save)
@@ -239,16 +234,6 @@ class Operations:
         return self.new(x.numel, x.itemsize)
 
     def _pass_on(self, inputs: Sequence[Tensor]):
-        """Returns the backward pass of a sum: every input gets the gradient itself, reduced and cast to its shape."""
-        shapes = [(one.numel, one.itemsize) if one.needs_grad else None for one in inputs]
-
-        def backward(g, _):
-            return [None if shape is None else self._reduce(g[0].alias(), *shape) for shape in shapes]
-
-        return backward
-
-    def _reduce(self, whole: Tensor, numel: int, itemsize: int) -> Tensor:
-        """Sums a gradient over what was broadcast, and casts it to the input's format."""
-        if whole.numel != numel:
-            whole = self.new(numel, whole.itemsize)
-        return whole if whole.itemsize == itemsize else self.new(numel, itemsize)
+        """Returns the backward pass of a sum: every input gets the gradient itself."""
+        needs = [one.needs_grad for one in inputs]
+        return lambda g, _: [g[0].alias() if needed else None for needed in needs]

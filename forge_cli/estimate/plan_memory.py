@@ -10,6 +10,7 @@ from forge_cli.estimate.weights import weigh_model, weigh_tensors
 from forge_cli.facts.families import find_family
 from forge_cli.facts.parameter_count import linear_modules
 from forge_cli.facts.trainable_count import count_lora_parameters, freezes_embeddings, list_trained_tensors
+from forge_cli.facts.weights import list_outer_weights
 
 if TYPE_CHECKING:
     from forge_cli.facts.shape import ModelFacts
@@ -71,6 +72,7 @@ def setting_from_plan(plan: Plan, *, cuda: bool = True) -> Setting | None:
         )
         or 0,
         trained=trained,
+        trained_embeddings=_list_embeddings(facts) if embeddings_train else {},
         adapters=_describe_adapters(facts, spec.lora),
         quantized_bits=quantized.bits if quantized else None,
         weight_bytes=weight_bytes,
@@ -85,7 +87,8 @@ def setting_from_plan(plan: Plan, *, cuda: bool = True) -> Setting | None:
         activation_checkpointing=spec.training.activation_checkpointing,
         accumulation_steps=spec.training.gradient_accumulation_steps,
         optim=spec.training.optim,
-        ema="" if spec.ema is None else "cpu" if spec.ema.device == "cpu" or not cuda else "device",
+        # Without a GPU both are host memory.
+        ema="" if spec.ema is None else "cpu" if spec.ema.device == "cpu" and cuda else "device",
         pairs=spec.method != "sft",
         reference_forward=spec.method in ("dpo", "kto") and not spec.preference.precompute_ref_log_probs,
         reference_bytes=_weigh_reference(facts, spec, trained, compute_bytes, granule),
@@ -112,10 +115,18 @@ def _trains_embeddings(spec: RunSpec, whole: list[str]) -> bool:
     return spec.lora is None or "embed_tokens" in whole
 
 
+def _list_embeddings(facts: ModelFacts) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for weight in list_outer_weights(facts) or []:
+        if weight.kind == "embedding":
+            found[weight.size] = found.get(weight.size, 0) + 1
+    return found
+
+
 def _trains_head(spec: RunSpec, facts: ModelFacts, embeddings_train: bool) -> bool:
-    if facts.tie_word_embeddings:
-        return embeddings_train
-    return spec.lora is None or "lm_head" in spec.lora.modules_to_save
+    if spec.lora:
+        return "lm_head" in spec.lora.modules_to_save
+    return embeddings_train or not facts.tie_word_embeddings
 
 
 def _weigh_reference(

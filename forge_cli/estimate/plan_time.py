@@ -13,7 +13,10 @@ from forge_cli.resolve.plan import Plan
 
 
 def estimate_plan_step(plan: Plan, setting: Setting, gpu: Gpu) -> StepTime | None:
-    """Estimates the time of one optimizer step of a plan; ``None`` for an architecture that Forge does not know."""
+    """Estimates the time of one optimizer step of a plan; ``None`` for an architecture that Forge does not know.
+
+    Units: seconds. Source: ``forge_cli.estimate.duration``, a roofline with stated efficiencies.
+    """
     return estimate_step_time(
         _work_of(plan, setting),
         gpu,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from forge_cli.facts.shape import ModelFacts
 
@@ -35,6 +35,7 @@ class Setting:
         sequence_length: Tokens of one sequence, padding included.
         weights_bytes: All weights as they are held, without adapters.
         trained: Sizes of the trained tensors, and how many of each there are.
+        trained_embeddings: Those of them that are embeddings.
         adapters: LoRA adapters; ``None`` trains the weights themselves.
         quantized_bits: 4 or 8 for quantised linear layers; ``None`` for none.
         double_quant: The scales of 4-bit weights are quantised too.
@@ -68,6 +69,7 @@ class Setting:
     sequence_length: int
     weights_bytes: int
     trained: Mapping[int, int] = field(default_factory=dict)
+    trained_embeddings: Mapping[int, int] = field(default_factory=dict)
     adapters: Adapters | None = None
     quantized_bits: int | None = None
     double_quant: bool = True
@@ -97,3 +99,9 @@ class Setting:
     def num_sequences(self) -> int:
         """Sequences of one micro step, both answers of a pair counted."""
         return self.batch_size * (2 if self.pairs else 1)
+
+    def as_the_model_sees_it(self) -> Setting:
+        """Returns the step with the rows of a packed batch in one sequence, as TRL's collator joins them."""
+        if not self.packed or self.num_sequences == 1:
+            return self
+        return replace(self, batch_size=1, pairs=False, sequence_length=self.num_sequences * self.sequence_length)

@@ -27,8 +27,18 @@ class Reading(NamedTuple):
     mask: Tensor | None
 
 
+def make_positions(ops: Operations, setting: Setting) -> Tensor | None:
+    """Makes the table of learned positions, which GPT-2 alone has."""
+    facts = setting.facts
+    if facts.model_type != "gpt2":
+        return None
+    trains = setting.embeddings_train and setting.adapters is None
+    size = setting.trained_bytes if setting.adapters is None else setting.weight_bytes
+    return ops.tape.leaf((facts.max_position_embeddings or setting.sequence_length) * facts.hidden_size, size, trains)
+
+
 def embed(
-    ops: Operations, setting: Setting, embedding: Tensor, *, asks_gradient: bool
+    ops: Operations, setting: Setting, embedding: Tensor, positions: Tensor | None, *, asks_gradient: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Looks the tokens up.
 
@@ -36,6 +46,7 @@ def embed(
         ops: Operations on the tape.
         setting: The step.
         embedding: The table.
+        positions: The table of positions; None where they are rotary.
         asks_gradient: The result of the table is made to need a gradient.
 
     Returns:
@@ -43,16 +54,14 @@ def embed(
 
     Source: transformers 5.23, the models' ``forward``.
     """
-    facts, size = setting.facts, embedding.itemsize
+    facts = setting.facts
     inputs_embeds = _look_up(ops, embedding, setting.num_sequences * setting.sequence_length * facts.hidden_size)
     if asks_gradient:
         inputs_embeds.needs_grad = True
     if facts.model_type == "granite":
         inputs_embeds = ops.scale(inputs_embeds)
-    if facts.model_type != "gpt2":
+    if positions is None:
         return inputs_embeds, (inputs_embeds,)
-    length = facts.max_position_embeddings or setting.sequence_length
-    positions = ops.tape.leaf(length * facts.hidden_size, size, setting.embeddings_train)
     position_embeds = _look_up(ops, positions, setting.sequence_length * facts.hidden_size)
     return ops.add(inputs_embeds, position_embeds), (inputs_embeds, position_embeds)
 
@@ -73,7 +82,9 @@ def make_readings(ops: Operations, setting: Setting, itemsize: int) -> dict[bool
 
     Source: transformers 5.23, ``masking_utils.py`` and the models' ``RotaryEmbedding``.
     """
-    kinds = [False] * _attends_fully(setting) + [True] * _has_windows(setting)
+    # A model with layers of both kinds makes the masks of both, even if it is too shallow to use them.
+    alike = find_family(setting.facts).full_attention_every == 1
+    kinds = [has_window(setting, 0)] if alike else [False, True]
     masks = [_make_mask(ops, setting, itemsize, kind) for kind in kinds]
     present = {has_window(setting, index) for index in range(setting.facts.num_hidden_layers)}
     rotaries = [_make_rotary(ops, setting, itemsize)]
@@ -95,11 +106,9 @@ def _make_rotary(ops: Operations, setting: Setting, itemsize: int) -> tuple[Tens
 
 
 def has_window(setting: Setting, index: int) -> bool:
-    """Whether a layer's attention has a window."""
-    if not _has_windows(setting):
-        return False
+    """Whether a layer is one of those whose attention has a window, be it longer than the rows."""
     every = find_family(setting.facts).full_attention_every
-    return every == 1 or (index + 1) % every != 0
+    return setting.facts.sliding_window is not None if every == 1 else (index + 1) % every != 0
 
 
 def count_layer_pattern(setting: Setting) -> int:
@@ -107,19 +116,15 @@ def count_layer_pattern(setting: Setting) -> int:
 
     Units: layers. Source: where windows are shorter than rows, sdpa has a mask in layers with a window only.
     """
-    window = setting.facts.sliding_window
-    differs = window is not None and window <= setting.sequence_length
-    if not differs or setting.attention != "sdpa" or setting.padded or setting.packed:
+    if not _has_short_windows(setting) or setting.attention != "sdpa" or setting.padded or setting.packed:
         return 1
     return find_family(setting.facts).full_attention_every
 
 
-def _has_windows(setting: Setting) -> bool:
-    return setting.facts.sliding_window is not None
-
-
-def _attends_fully(setting: Setting) -> bool:
-    return not _has_windows(setting) or find_family(setting.facts).full_attention_every > 1
+def _has_short_windows(setting: Setting) -> bool:
+    """Whether windows are no longer than the rows: otherwise they are none."""
+    window = setting.facts.sliding_window
+    return window is not None and window <= setting.sequence_length
 
 
 def _make_mask(ops: Operations, setting: Setting, itemsize: int, has_window: bool) -> Tensor | None:
@@ -129,8 +134,7 @@ def _make_mask(ops: Operations, setting: Setting, itemsize: int, has_window: boo
     if setting.attention == "flash":
         return None
     if setting.attention == "sdpa":
-        # A window that is longer than the rows is none.
-        is_short = has_window and facts.sliding_window <= length
+        is_short = has_window and _has_short_windows(setting)
         if not (setting.padded or setting.packed or is_short or facts.model_type == "falcon"):
             return None
     mask = ops.new(cells, 1)

@@ -9,13 +9,13 @@ from forge_cli.estimate.ledger import Ledger
 from forge_cli.estimate.losses import fused_loss, plain_loss, score_loss
 from forge_cli.estimate.operations import Formats, Operations
 from forge_cli.estimate.setting import Adapters, Setting
-from forge_cli.estimate.shared import Reading, count_layer_pattern, embed, make_readings
+from forge_cli.estimate.shared import Reading, count_layer_pattern, embed, make_positions, make_readings
 from forge_cli.estimate.tape import Tape, Tensor
 
 GRANULE_BYTES = 512
 # The lowest and the highest layer are special; in between, what is alive changes by the same amount per layer, or per
 # pattern of layers with and without a window.
-_SHALLOW = 3
+_SHALLOW = 2
 _LOSSES = {"fused": fused_loss, "plain": plain_loss, "score": score_loss}
 # What is no instant of its own belongs to the one beside it.
 _BELONGS = {"backward final norm": "backward loss", "backward embedding": "end of backward", "": "forward"}
@@ -40,10 +40,25 @@ def replay_step(setting: Setting) -> Peaks:
         return merge_layers(run_layers(setting, frozen, trained))
     shallow, deep = run_layers(setting, frozen, few), run_layers(setting, frozen, few + period)
     if few == _SHALLOW:
-        # Of three layers, the middle one is the second from below and from above.
-        shallow["backward layer/-2"] = shallow["backward layer/1"]
+        _guess_neighbours(shallow, deep)
     times = (trained - few) // period
     return merge_layers({name: _carry_on(shallow[name], deep[name], times) for name in deep})
+
+
+def _guess_neighbours(shallow: Peaks, deep: Peaks) -> None:
+    """Two layers have none between them: what the middle one of three would be there follows from its neighbours.
+
+    A further layer adds to the lowest layer's instant what it adds to that of the one above, and likewise from the top.
+    """
+    middle = deep.pop("backward layer/1")
+    for name, beside in (("1", "0"), ("-2", "-1")):
+        beside = f"backward layer/{beside}"
+        deep[f"backward layer/{name}"] = middle
+        parts = {
+            part: middle[1].get(part, 0) - deep[beside][1].get(part, 0) + shallow[beside][1].get(part, 0)
+            for part in {**middle[1], **deep[beside][1]}
+        }
+        shallow[f"backward layer/{name}"] = sum(parts.values()), parts
 
 
 def _carry_on(shallow: tuple[int, dict[str, int]], deep: tuple[int, dict[str, int]], times: int):
@@ -55,7 +70,10 @@ def _carry_on(shallow: tuple[int, dict[str, int]], deep: tuple[int, dict[str, in
 
 
 def merge_layers(peaks: Peaks) -> Peaks:
-    """Joins the instants of single layers: the highest counts."""
+    """Joins the instants of single layers.
+
+    Units: bytes. Source: the highest of the instants of one name.
+    """
     merged: Peaks = {}
     for name, found in peaks.items():
         label = name.split("/")[0]
@@ -71,6 +89,8 @@ def run_layers(setting: Setting, num_frozen: int, num_trained: int) -> Peaks:
     Returns:
         Phase to its highest point. The backward pass of a layer is named by its place: the first two and the last
         two of the trained layers, and all others together.
+
+    Units: bytes. Source: transformers' model code in sizes, run by autograd's rules (``tape``).
     """
     ledger = Ledger(GRANULE_BYTES if setting.cuda else 1)
     tape = Tape(ledger, has_gradients=setting.accumulation_steps > 1)
@@ -89,7 +109,7 @@ def run_layers(setting: Setting, num_frozen: int, num_trained: int) -> Peaks:
 
 class _Model:
     def __init__(self, ops: Operations, setting: Setting, num_frozen: int, num_trained: int) -> None:
-        self.ops, self.setting = ops, setting
+        self.ops, self.setting = ops, (setting := setting.as_the_model_sees_it())
         facts, tape = setting.facts, ops.tape
         numel, whole = facts.vocab_size * facts.hidden_size, setting.adapters is None
 
@@ -97,9 +117,12 @@ class _Model:
             return tape.leaf(numel, setting.trained_bytes if whole or trains else setting.weight_bytes, trains)
 
         self.head = self.embedding = table(setting.embeddings_train)
-        if not facts.tie_word_embeddings:
+        # PEFT trains copies of embeddings and head, which are then tied no more.
+        if not facts.tie_word_embeddings or (setting.embeddings_train and not whole):
             self.head = table(setting.head_trains)
+        tape.tied = self.head if self.head is self.embedding and setting.embeddings_train else None
         if setting.loss == "score":
+            tape.tied = None
             self.head = tape.leaf(facts.hidden_size, setting.trained_bytes, True)
         # Input ids, labels and mask, 8 bytes each, of all micro batches; accelerate fetches one more for a GPU.
         self.inputs = [ops.new(self.num_tokens, 8) for _ in range(3 * (setting.accumulation_steps + setting.cuda))]
@@ -108,6 +131,7 @@ class _Model:
             Layer(ops, setting, setting.num_frozen_layers - num_frozen + index, frozen=index < num_frozen)
             for index in range(num_frozen + num_trained)
         ]
+        self.positions = make_positions(ops, setting)
         self.num_frozen = num_frozen
 
     @property
@@ -142,7 +166,7 @@ class _Model:
         self.ops.tape.phase = "embedding"
         # transformers asks for the gradient of the embeddings' output whenever layers are checkpointed.
         asks_gradient = self.setting.activation_checkpointing and not self.num_frozen
-        return embed(self.ops, self.setting, self.embedding, asks_gradient=asks_gradient)
+        return embed(self.ops, self.setting, self.embedding, self.positions, asks_gradient=asks_gradient)
 
     def _rerunnable(self, layer: Layer, reading: Reading):
         def run(x: Tensor) -> Tensor:
@@ -156,10 +180,13 @@ class _Model:
 
 
 def _name_place(index: int, count: int) -> str:
+    """Names a layer by its place: the first two, the last two, or the middle."""
     if index < 0:
         return "frozen"
-    if index < 2 or index >= count - 2:
-        return f"{index if index < 2 else index - count}"
+    if index == 0 or index == count - 1:
+        return "0" if index == 0 else "-1"
+    if index == 1 or index == count - 2:
+        return "1" if index == 1 else "-2"
     return "middle"
 
 

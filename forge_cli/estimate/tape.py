@@ -29,7 +29,9 @@ class Tensor:
     __slots__ = ("grad", "itemsize", "needs_grad", "node", "numel", "storage")
 
     def __init__(self, storage: Storage, numel: int, itemsize: int) -> None:
-        self.storage, self.numel, self.itemsize = storage, numel, itemsize
+        self.storage = storage
+        self.numel = numel
+        self.itemsize = itemsize
         self.needs_grad, self.node, self.grad = False, None, None
         storage.users += 1
 
@@ -41,16 +43,16 @@ class Tensor:
         return Tensor(self.storage, self.numel, self.itemsize)
 
 
-Grads = Sequence["Tensor | None"]
-Backward = Callable[[list["Tensor | None"], list["Tensor"]], Grads]
+Backward = Callable[[list["Tensor | None"], list["Tensor"]], Sequence["Tensor | None"]]
 
 
 class _Node:
-    __slots__ = ("backward", "edges", "handles", "number", "phase")
+    __slots__ = ("backward", "edges", "handles", "number", "phase", "shapes")
 
-    def __init__(self, number: int, phase: str, edges: list, handles: list, backward: Backward) -> None:
-        self.number, self.phase, self.edges = number, phase, edges
-        self.handles, self.backward = handles, backward
+    def __init__(self, number: int, phase: str, inputs: Sequence[Tensor], handles: list, backward: Backward) -> None:
+        self.number, self.phase, self.handles, self.backward = number, phase, handles, backward
+        self.edges = [(one.node or (one, 0)) if one.needs_grad else None for one in inputs]
+        self.shapes = [(one.numel, one.itemsize) for one in inputs]
 
     def __lt__(self, other: _Node) -> bool:
         return self.number > other.number
@@ -88,6 +90,7 @@ class Tape:
         ledger: Where bytes are counted.
         grad_enabled: Whether operations are recorded.
         has_gradients: Weights have gradients already, from an earlier micro step.
+        tied: A weight that is used twice.
         phase: Label of what is recorded now; its backward pass counts as phase ``backward LABEL``.
         attributes: What operations keep as plain attributes, see :meth:`keep`.
     """
@@ -97,6 +100,8 @@ class Tape:
         self.grad_enabled, self.has_gradients = True, has_gradients
         self.phase = ""
         self.attributes: list[Tensor] = []
+        self.tied: Tensor | None = None
+        self._waiting: Tensor | None = None
         self._number = 0
         self._segment: _Segment | None = None
         self._again: _Segment | None = None
@@ -135,22 +140,24 @@ class Tape:
         Args:
             inputs: What gradients may flow to.
             outputs: Elements and bytes per element of every result.
-            backward: Gradients of the results and saved tensors to the gradients of ``inputs``.
+            backward: Gradients of the results and saved tensors to the gradients of ``inputs``, which are then summed
+                over what was broadcast and cast to the inputs' formats.
             save: What the backward pass needs, if there is one.
             save_output: It needs the results too.
             view_of: The results are views of this tensor.
         """
-        recorded = self.grad_enabled and any(one.needs_grad for one in inputs)
-        handles = [self._pack(one) for one in save] if recorded else []
-        source = view_of.storage if view_of else None
-        results = [Tensor(source or Storage(self.ledger, n * size), n, size) for n, size in outputs]
+        recorded = self.grad_enabled and any([one.needs_grad for one in inputs])
+        handles = [self._pack(one) for one in save] if recorded and save else []
+        if view_of is None:
+            results = [Tensor(Storage(self.ledger, n * size), n, size) for n, size in outputs]
+        else:
+            results = [Tensor(view_of.storage, n, size) for n, size in outputs]
         if not recorded:
             return results
         if save_output:
             handles += [self._pack(one) for one in results]
-        edges = [(one.node or (one, 0)) if one.needs_grad else None for one in inputs]
         self._number += 1
-        node = _Node(self._number, self.phase, edges, handles, backward)
+        node = _Node(self._number, self.phase, inputs, handles, backward)
         for index, one in enumerate(results):
             one.needs_grad, one.node = True, (node, index)
         return results
@@ -217,11 +224,25 @@ class Tape:
     def _run(self, node: _Node, gradients: list[Tensor | None]) -> list[Tensor | None]:
         saved = [self._unpack(handle) for handle in node.handles]
         results = list(node.backward(gradients, saved))
+        # What checkpointing made again is free before gradients get their shapes, what was kept is not.
+        del saved
+        for place, (numel, itemsize) in enumerate(node.shapes):
+            one = results[place]
+            if one is not None and one.numel != numel:
+                one = results[place] = self.new(numel, one.itemsize)
+            if one is not None and one.itemsize != itemsize:
+                results[place] = self.new(numel, itemsize)
         node.handles, node.backward = [], None
         return results
 
     def _accumulate_leaf(self, leaf: Tensor, gradient: Tensor) -> None:
         """Takes the first gradient over, adds later ones in place."""
+        if leaf is self.tied:
+            # Used at both ends of the model: the first gradient waits for the second.
+            if self._waiting is None:
+                self._waiting = gradient
+                return
+            gradient, self._waiting = self._add(self._waiting, gradient), None
         if leaf.storage.size_bytes and (leaf.grad is not None or gradient.storage.users > 1):
             # Embeddings, not a weight: what comes first waits for the rest, as in a node's buffer.
             leaf.grad = gradient if leaf.grad is None else self._add(leaf.grad, gradient)
@@ -229,10 +250,9 @@ class Tape:
         if leaf.grad is not None:
             return
         before, self.ledger.part = self.ledger.part, "gradients"
-        # The same bytes under the gradients' name.
         size = gradient.storage.size_bytes
         if gradient.storage.users == 1:
-            self.ledger.add(gradient.storage._part, -size)
+            self.ledger.add(gradient.storage._part, -size)  # the same bytes under the gradients' name
             self.ledger.add("gradients", size)
             gradient.storage._part = "gradients"
             leaf.grad = gradient

@@ -84,21 +84,33 @@ def weigh_tensors(tensors: Tensors, bytes_per_weight: float, granule_bytes: int 
     return sum(times * round_up(size * bytes_per_weight, granule_bytes) for size, times in tensors.items())
 
 
-def weigh_optimizer(tensors: Tensors, optim: str, trained_bytes: int, granule_bytes: int = 512) -> int:
+def weigh_optimizer(
+    tensors: Tensors, optim: str, trained_bytes: int, granule_bytes: int = 512, embeddings: Tensors | None = None
+) -> int:
     """Returns the bytes of the optimizer's states on the device.
 
     AdamW: two states in the weights' format and a step counter. 8 bit: two bytes per weight and two fp32 scales per
-    256 weights, tensors below 4096 weights in fp32. Lion has one state instead of two. Paged: as the others, but states of tensors of at least 100,000
-    weights are host memory that the device borrows; only their scales count. Adafactor: fp32 sums of rows and columns,
-    taken here as those of a square matrix. SGD: none.
+    256 weights, tensors below 4096 weights in fp32. Lion has one state instead of two. Paged: as the others, but states
+    of tensors of at least 100,000 weights are host memory that the device borrows; only their scales count. Adafactor:
+    fp32 sums of rows and columns, taken here as those of a square matrix. SGD: none.
 
-    Units: bytes. Source: torch 2.13 (``_fused_adamw``), bitsandbytes 0.50.2 (``optimizer.py``), transformers 5.23.
+    Args:
+        tensors: Trained tensors.
+        optim: A value of ``training.optim``.
+        trained_bytes: Bytes per trained weight.
+        granule_bytes: Sizes are rounded up to a multiple of this.
+        embeddings: Those of them that are embeddings: 8-bit optimizers keep their states in 32 bit.
+
+    Units: bytes. Source: torch 2.13 (``_fused_adamw``), bitsandbytes 0.50.2 (``optimizer.py``), transformers 5.23
+    (``Trainer.create_optimizer`` registers embeddings for 32 bit).
     """
     if optim == "sgd":
         return 0
+    wide = embeddings if embeddings and optim.endswith("8bit") else {}
     total = 0
     for size, times in tensors.items():
-        total += times * sum(round_up(part, granule_bytes) for part in _list_states(size, optim, trained_bytes))
+        for kind, count in ((optim, times - wide.get(size, 0)), (optim.replace("8bit", "32bit"), wide.get(size, 0))):
+            total += count * sum(round_up(part, granule_bytes) for part in _list_states(size, kind, trained_bytes))
     return total
 
 
@@ -116,14 +128,16 @@ def _list_states(size: int, optim: str, trained_bytes: int) -> Iterable[float]:
     return scales if paged else [size] * states + scales
 
 
-def step_transient_bytes(tensors: Tensors, optim: str, trained_bytes: int) -> int:
+def step_transient_bytes(tensors: Tensors, optim: str, trained_bytes: int, *, cuda: bool = True) -> int:
     """Returns what the optimizer needs for the length of its step.
 
-    Plain AdamW takes the root of all second moments at once; fused and bitsandbytes' kernels work in place. Adafactor
-    squares one gradient at a time.
+    Plain AdamW takes the root of all second moments at once, on the CPU of one after the other; fused and bitsandbytes'
+    kernels work in place. Adafactor squares one gradient at a time.
 
     Units: bytes. Source: torch 2.13, ``_multi_tensor_adamw``; transformers 5.23, ``Adafactor.step``.
     """
+    if optim == "adamw_torch" and not cuda:
+        return 2 * trained_bytes * max(tensors, default=0)
     if optim == "adamw_torch":
         return weigh_tensors(tensors, trained_bytes)
     if optim == "adafactor" and tensors:

@@ -18,8 +18,8 @@ class MemoryCallback(TrainerCallback):
     """Reads torch's counters at the borders of a run's phases; reading them costs no synchronisation.
 
     Attributes:
-        phases: Phase to its highest allocated bytes (``load``, ``forward and backward``, ``optimizer step``,
-            ``evaluation``); empty without a GPU.
+        phases: Phase to its highest allocated bytes (``load``, ``preparation``, ``forward and backward``,
+            ``optimizer step``, ``evaluation``); empty without a GPU.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class MemoryCallback(TrainerCallback):
     def peak_bytes(self) -> int:
         """Returns the training's peak: allocated on the GPU, else resident bytes of this process."""
         if has_counter():
-            in_training = [size for phase, size in self.phases.items() if phase != "load"]
+            in_training = [size for phase, size in self.phases.items() if phase not in ("load", "preparation")]
             return max([*in_training, torch.cuda.max_memory_allocated()])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024

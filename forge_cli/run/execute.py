@@ -173,7 +173,7 @@ def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
             reporter.say(f"note: {warning}")
     reporter.start(num_steps)
     trainer.add_callback(memory)
-    memory.mark("evaluation")
+    memory.mark("preparation")
     began = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - began

@@ -98,6 +98,6 @@ class DataSection(Section):
     )
     streaming: bool = Field(
         default=False,
-        description="Tokenise while training instead of before: for rows that outgrow the disk. They are mixed within a "
-        "buffer, so shuffle a sorted file first.",
+        description="Tokenise while training instead of before: for rows that outgrow the disk. They are mixed within "
+        "a buffer, so shuffle a sorted file first.",
     )

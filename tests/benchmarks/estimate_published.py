@@ -28,7 +28,19 @@ from forge_cli.facts.shape import ModelFacts
 UNITS = {"GB": 1e9, "GiB": 2**30, "MiB": 2**20}
 # Source: LitGPT's config.py; it rounds vocabularies up to multiples of 512 for this family.
 STABLELM = ModelFacts(
-    "stablelm-alpha-3b", None, None, "gpt_neox", 4096, 16, 32, 32, 128, 16384, 50688, False, num_parameters=3_637_321_728
+    "stablelm-alpha-3b",
+    None,
+    None,
+    "gpt_neox",
+    4096,
+    16,
+    32,
+    32,
+    128,
+    16384,
+    50688,
+    False,
+    num_parameters=3_637_321_728,
 )
 # Source: LitGPT's config_hub: rank, what has adapters, dropout, micro steps per step.
 LORA = {
@@ -93,7 +105,9 @@ def predict_difference(rows: list[dict], row: dict) -> tuple[float, float] | Non
     """Predicts what double quantisation saves: inference holds more than weights, the difference does not."""
     if not row["method"].endswith("nf4-dq"):
         return None
-    other = next(r for r in rows if r["model"] == row["model"] and r["method"] == "weights/inference nf4" and r["tier"] == "A")
+    other = next(
+        r for r in rows if r["model"] == row["model"] and r["method"] == "weights/inference nf4" and r["tier"] == "A"
+    )
     facts = find_model_facts(row["model"])
     single, double = (weigh_model(facts, 2, quantized_bits=4, double_quant=dq) for dq in (False, True))
     return single - double, (other["value"] - row["value"]) * UNITS[row["unit"]]
@@ -102,7 +116,11 @@ def predict_difference(rows: list[dict], row: dict) -> tuple[float, float] | Non
 def predict_geglu(row: dict) -> int:
     """Predicts a feed-forward block of transformers; the benchmark keeps the graph, and gradients between rounds."""
     shape = json.loads(row["cfg"])
-    tokens, width, inner = shape["bsz"] * int(row["x"].removeprefix("T=")), shape["hidden_size"], shape["intermediate_size"]
+    tokens, width, inner = (
+        shape["bsz"] * int(row["x"].removeprefix("T=")),
+        shape["hidden_size"],
+        shape["intermediate_size"],
+    )
     ledger = Ledger(512)
     tape = Tape(ledger, has_gradients=True)
     ops = Operations(tape, Formats(2, autocast=False, cuda=True))
@@ -145,8 +163,11 @@ def main() -> None:
         error = predicted / measured - 1
         errors.append(abs(error))
         label = f"{row['model']} {row['method']} {row.get('micro_batch', '')} x {row.get('seq') or row.get('x', '')}"
-        print(f"{label:52} measured {measured / 1e9:7.2f} GB  predicted {predicted / 1e9:7.2f} GB  {100 * error:+6.1f} %")
-    print(f"{len(errors)} rows, median error {100 * statistics.median(errors):.1f} %, largest {100 * max(errors):.1f} %")
+        print(
+            f"{label:52} measured {measured / 1e9:6.2f} GB  predicted {predicted / 1e9:6.2f} GB  {100 * error:+6.1f} %"
+        )
+    median = statistics.median(errors)
+    print(f"{len(errors)} rows, median error {100 * median:.1f} %, largest {100 * max(errors):.1f} %")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def run_folder(tmp_path: Path) -> Path:
         "recipes",
         "recipes copy",
         "models",
+        "estimate",
     ],
 )
 def test_help(command: str):

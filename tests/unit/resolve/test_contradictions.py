@@ -79,7 +79,8 @@ CLASHES = [
     (HUB + "data: {train: {rows: 5}}\n", "2:8 data.train.path", ["is missing"]),
     (HUB + "data: {train: [{path: org/set, row: 5}]}\n", "2:32 data.train[0].row", ["unknown key", "rows?"]),
     (
-        MODEL + DATA.replace("train: ", "train: {path: ").replace(", max", ", rows: 5}, streaming: true, max")
+        MODEL
+        + DATA.replace("train: ", "train: {path: ").replace(", max", ", rows: 5}, streaming: true, max")
         + "training: {max_steps: 5}\n",
         "2:8 data.train",
         ["drawn from all rows"],
