@@ -13,6 +13,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from forge_cli.build.compute import Compute
 from forge_cli.build.model import choose_attention
+from forge_cli.facts.families import find_family
 from forge_cli.facts.shape import ModelFacts
 from forge_cli.schema.model import QuantizationSection
 from forge_cli.schema.runspec import RunSpec
@@ -49,6 +50,8 @@ def build_config(facts: ModelFacts, num_layers: int) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(facts.path)
     else:
         config = AutoConfig.for_model(facts.model_type, **_config_fields(facts))
+        if facts.sliding_window is None and find_family(facts).full_attention_every == 1:
+            config.sliding_window = None  # else Mistral's would be its class's default
     config.num_hidden_layers = num_layers
     for name in ("layer_types", "mlp_layer_types", "no_rope_layers"):
         if isinstance(getattr(config, name, None), list):

@@ -102,12 +102,11 @@ def _lay_out(ops: Operations, x: Tensor, heads: Heads, is_ordered: bool) -> Tens
 
 
 def _soften(ops: Operations, x: Tensor, itemsize: int) -> Tensor:
-    """``softmax(x, dtype=...)``: CUDA's kernel casts inside, the CPU's needs a copy first."""
-    if not ops.formats.cuda or x.itemsize == itemsize:
-        return ops.unary(ops.cast(x, itemsize), saves_output=True)
-    numel, size = x.numel, x.itemsize
-    (y,) = ops.tape.apply((x,), [(numel, itemsize)], lambda g, _: [ops.new(numel, size)], save_output=True)
-    return y
+    """``softmax(x, dtype=...)``: a copy in that format, then the softmax.
+
+    Source: torch 2.13, ``aten/native/SoftMax.cpp``: only fp16 is cast inside the kernel.
+    """
+    return ops.unary(ops.cast(x, itemsize), saves_output=True)
 
 
 def _scale_in_place(ops: Operations, x: Tensor) -> Tensor:
