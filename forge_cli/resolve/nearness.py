@@ -13,7 +13,8 @@ def find_nearest(word: str, candidates: Iterable[str]) -> str | None:
     for candidate in candidates:
         target = candidate.lower().replace("-", "_")
         allowed = 2 if len(target) >= 5 else 1
-        distance = count_edits(lowered, target, allowed)
+        squeezed = lowered.replace("_", "") == target.replace("_", "")
+        distance = 0 if squeezed else count_edits(lowered, target, allowed)
         if distance <= allowed and distance < best_distance:
             best, best_distance = candidate, distance
     return best or _find_part(lowered, candidates)

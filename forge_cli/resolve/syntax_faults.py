@@ -6,8 +6,11 @@ import yaml
 
 from forge_cli.errors import Problem
 from forge_cli.resolve.wording import printable, shorten
+from forge_cli.resolve.yaml_builder import LOADER
 
 _SPACES_INSTEAD = "use spaces"
+# Noticed behind the place that has to be mended: the * or &, the quote, the key.
+_SAID_LATE = ("alphabetic or numeric", "unexpected end of stream", "could not find expected ':'")
 _PLAIN = {
     "did not find expected ',' or ']'": ("a [ is not closed", "close it with ]; separate items with commas"),
     "did not find expected ',' or '}'": ("a { is not closed", "close it with }; separate settings with commas"),
@@ -39,16 +42,55 @@ def explain_syntax(error: yaml.YAMLError, text: str, file: str) -> Problem:
     if mark is None:
         return Problem(file, "", f"not YAML: {printable(said)}")
     context = getattr(error, "context_mark", None)
-    if context is not None and "alphabetic or numeric" in said:
-        mark = context  # The * or & itself, not what follows it.
     lines = text.splitlines() or [""]
+    if context is not None:
+        left_open = "expected ','" in said and _is_left_open(context.line, mark.line, lines)
+        mark = context if left_open or any(words in said for words in _SAID_LATE) else mark
+    if (runaway := _find_runaway(text, mark, lines)) is not None:
+        return _explain_runaway(runaway, mark.line + 1, file)
     row = min(mark.line, len(lines) - 1)
     line = lines[row]
     column = mark.column if mark.line < len(lines) else len(line)
     what, fix = _explain(said, line, column)
     if context is not None and context.line != mark.line and "not closed" in what:
-        what += f" (opened on line {context.line + 1})"
+        what += f" (opened on line {context.line + 1}), or a comma is missing"
     return Problem(f"{file}:{row + 1}:{column + 1}", "", what, fix=fix)
+
+
+def _is_left_open(opened: int, noticed: int, lines: list[str]) -> bool:
+    """Tells whether a bracket was forgotten, rather than a comma inside it: its lines would be indented."""
+    if noticed >= len(lines):
+        return True
+    return opened < noticed and _count_indent(lines[noticed]) <= _count_indent(lines[opened])
+
+
+def _count_indent(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def _find_runaway(text: str, mark: yaml.Mark, lines: list[str]) -> yaml.ScalarToken | None:
+    """Finds the text that swallowed the line of a fault: a quote that ends too late, or a key without its colon."""
+    last = None
+    try:
+        for token in yaml.scan(text, Loader=LOADER):
+            if (token.start_mark.line, token.start_mark.column) >= (mark.line, mark.column):
+                break
+            if isinstance(token, yaml.ScalarToken) and token.start_mark.line < token.end_mark.line == mark.line:
+                last = token
+    except yaml.YAMLError:
+        pass
+    if last is None or last.style in ("|", ">"):
+        return None
+    # A plain value that goes on in the next line is right; the line after it is indented too deep.
+    is_key = not lines[last.start_mark.line][: last.start_mark.column].strip()
+    return last if is_key or not last.plain else None
+
+
+def _explain_runaway(token: yaml.ScalarToken, end: int, file: str) -> Problem:
+    where = f"{file}:{token.start_mark.line + 1}:{token.start_mark.column + 1}"
+    if token.plain:
+        return Problem(where, "", "a key without a colon", fix="write key: value")
+    return Problem(where, "", f"a quote is not closed, or only on line {end}", fix="close it on its own line")
 
 
 def _explain(said: str, line: str, column: int) -> tuple[str, str]:

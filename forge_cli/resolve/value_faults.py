@@ -82,7 +82,7 @@ def _explain(fault: str, path: str, inside: tuple[str | int, ...], value: object
         return Problem(where, path, "is missing", fix=f"write {_EXAMPLES.get(path, path.rpartition('.')[2])}")
     where = layers.history[path][-1].where if index is None else layers.inside[path]((index,))
     shown = path if index is None else f"{path}[{index}]"
-    if path == "version":
+    if path == "version" and fault in _RANGE_FAULTS:
         return Problem(
             where, path, f"version {show(value)} of the run file's language; this Forge knows 1", fix="update Forge"
         )

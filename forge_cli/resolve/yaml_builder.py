@@ -17,7 +17,7 @@ MAX_SCALAR = 100_000
 
 KeyPath = tuple[str | int, ...]
 # libyaml is ten times faster; the pure Python parser gives the same events.
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Position(NamedTuple):
@@ -52,7 +52,7 @@ class Builder:
         self._text = text
         self._file = file
         self._root = root
-        self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=_LOADER)
+        self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=LOADER)
         self._anchors: dict[str, _Anchor | None] = {}
         self._nodes = 0
         self._height = 0

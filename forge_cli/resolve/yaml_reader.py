@@ -137,22 +137,26 @@ def _decode(text: str | bytes, file: str) -> str:
         if len(text) > MAX_BYTES:
             raise _too_big(file, len(text))
         if text[:2] in (b"\xff\xfe", b"\xfe\xff") or (text[:1] and b"\0" in text[:2]):
-            raise ConfigError("the file is UTF-16 text", where=f"{file} byte 0", fix="save it as UTF-8")
+            raise ConfigError("the file is UTF-16 text", where=f"{file}:1:1", fix="save it as UTF-8")
         try:
             text = text.decode()
         except UnicodeDecodeError as error:
-            place = f"{file} byte {error.start}"
-            what = f"byte 0x{error.object[error.start]:02x} is not UTF-8 text"
+            place = _place_after(text[: error.start].decode(), file)
+            what = f"byte 0x{error.object[error.start]:02x} (number {error.start}) is not UTF-8 text"
             raise ConfigError(what, where=place, fix="save the file as UTF-8") from None
     elif len(text) > MAX_BYTES:
         raise _too_big(file, len(text))
     # Almost every file passes the cheap test, which also fails on tabs and the like.
     if not text.replace("\n", "").isprintable() and (match := _find_forbidden(text)):
         offset = len(text[: match.start()].encode(errors="surrogatepass"))
-        line = text.count("\n", 0, match.start()) + 1
-        what = f"control character U+{ord(match.group()):04X} on line {line}"
-        raise ConfigError(what, where=f"{file} byte {offset}", fix="remove it, or write it as an escape in quotes")
+        what = f"control character U+{ord(match.group()):04X} (byte {offset})"
+        place = _place_after(text[: match.start()], file)
+        raise ConfigError(what, where=place, fix="remove it, or write it as an escape in quotes")
     return text.removeprefix("\ufeff")
+
+
+def _place_after(before: str, file: str) -> str:
+    return f"{file}:{before.count(chr(10)) + 1}:{len(before) - before.rfind(chr(10))}"
 
 
 def _find_forbidden(text: str) -> re.Match[str] | None:

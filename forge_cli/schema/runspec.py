@@ -24,7 +24,8 @@ from forge_cli.schema.training import (
 class RunSpec(Section):
     """Everything one run file can say, after its layers are merged."""
 
-    version: Literal[1] = Field(default=1, description="Version of the run file's language.")
+    # Not Literal[1], which takes true for 1.
+    version: int = Field(default=1, ge=1, le=1, description="Version of the run file's language.")
     preset: str | None = Field(default=None, description="Preset below this file (forge presets list).")
     extends: str | None = Field(default=None, description="Recipe below this file (forge recipes list).")
     name: str | None = Field(
