@@ -11,12 +11,17 @@ from forge_cli.units import GIB
 
 
 def draw_sweep(
-    file: Path, paths: Sequence[str], rows: Sequence[tuple[tuple[str, ...], Budget]], device: Device | None
+    file: Path,
+    title: str,
+    paths: Sequence[str],
+    rows: Sequence[tuple[tuple[str, ...], Budget]],
+    device: Device | None,
 ) -> None:
     """Draws one line per combination of the other settings over the last one.
 
     Args:
         file: Picture to write; its suffix chooses the format.
+        title: What was estimated.
         paths: Settings, the last one on the horizontal axis.
         rows: Values and their budgets.
         device: Its usable memory is drawn as a line.
@@ -38,6 +43,7 @@ def draw_sweep(
         axes.plot([value for value, _ in points], [size for _, size in points], marker="o", label=label)
     if device is not None:
         axes.axhline(device.usable_bytes / GIB, linestyle="--", color="black", label=f"{device.name}, usable")
+    axes.set_title(title)
     axes.set_xlabel(paths[-1])
     axes.set_ylabel("GPU must have (GiB)")
     axes.set_ylim(bottom=0)

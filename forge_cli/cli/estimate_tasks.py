@@ -3,121 +3,37 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from forge_cli.cli import estimate_json as plain
 from forge_cli.cli import estimate_text as text
+from forge_cli.cli.estimate_options import read_axes
+from forge_cli.cli.estimate_question import Question
 from forge_cli.cli.render import print_json, print_table
-from forge_cli.errors import ConfigError, DataError, ModelError
-from forge_cli.estimate.budget import Device, make_budget
-from forge_cli.estimate.devices import choose_device, list_devices
-from forge_cli.estimate.memory import MemoryEstimate, estimate_memory
-from forge_cli.estimate.plan_memory import setting_from_plan
-from forge_cli.estimate.setting import Setting
-from forge_cli.resolve.plan import Plan, resolve_mapping, resolve_plan
+from forge_cli.errors import ConfigError, DataError, MachineError
+from forge_cli.estimate.budget import Budget, Device, make_budget
+from forge_cli.estimate.devices import find_obstacle, list_devices
+from forge_cli.estimate.plan_memory import estimate_from_plan
+from forge_cli.resolve.plan import Plan
 
 # The methods of the table, and the sensible defaults they are compared at.
 METHODS = {"full": "sft", "LoRA": "lora", "QLoRA": "qlora"}
-_ROWS = "forge:quickstart/train"
-
-
-class Question(NamedTuple):
-    """What is asked about: a run file, or a model with the qlora preset.
-
-    Attributes:
-        run_file: The run file.
-        model: Name of a model, in its place.
-        overrides: ``--set``.
-        gpu: ``--gpu``.
-        memory: ``--memory``.
-        sharding: ``--sharding``.
-        json: ``--json``.
-    """
-
-    run_file: Path | None
-    model: str | None
-    overrides: tuple[str, ...]
-    gpu: str | None
-    memory: str | None
-    sharding: str | None
-    json: bool
-
-    def resolve(self, more: Sequence[str] = ()) -> Plan:
-        """Resolves the plan with further overrides on top."""
-        if self.run_file is not None:
-            return resolve_plan(self.run_file, [*self.overrides, *more])
-        values = {"preset": "qlora", "model": {"name": self.model}, "data": {"train": _ROWS, "packing": True}}
-        return resolve_mapping(values, [*self.overrides, *more])
-
-    def setting(self, more: Sequence[str] = ()) -> Setting:
-        """Returns what the memory of the plan depends on.
-
-        Raises:
-            ModelError: The model's shape is not known, or its architecture cannot be replayed.
-        """
-        plan = self.resolve(more)
-        found = setting_from_plan(plan)
-        if found is None:
-            refuse(plan)
-        return found
-
-    def estimate(self, more: Sequence[str] = ()) -> MemoryEstimate:
-        """Estimates the plan with further overrides on top, on one rank if it is spread."""
-        found = estimate_memory(self.setting(more))
-        if self.sharding is None:
-            return found
-        from forge_cli.estimate.sharding import read_sharding, shard
-
-        return shard(found, read_sharding(self.sharding))
-
-    def device(self) -> Device | None:
-        """Returns the device asked about, or the visible one; ``None`` without either."""
-        return choose_device(self.gpu, self.memory)
-
-    def need_device(self) -> Device:
-        """Returns the device.
-
-        Raises:
-            ConfigError: None is named and none is visible.
-        """
-        found = self.device()
-        if found is None:
-            raise ConfigError("no GPU is visible here", fix="name one: --gpu rtx-4090, or --memory 24GiB")
-        return found
-
-
-def refuse(plan: Plan) -> None:
-    """Says why a plan cannot be estimated.
-
-    Raises:
-        ModelError: Always.
-    """
-    facts = plan.facts
-    if facts is None:
-        raise ModelError(
-            f"the shape of {plan.spec.model.name} is not known here",
-            why="it is a hub model that is not on Forge's shelf, and no network is used for an estimate",
-            fix="download its config.json into a folder and give that folder as model.name",
-        )
-    raise ModelError(
-        f"the architecture {facts.model_type} cannot be replayed",
-        why="Forge does not know which of its tensors autograd keeps, and does not guess",
-        fix="`forge estimate --trace` traces the real model on this CPU",
-    )
 
 
 def answer_methods(question: Question) -> None:
     """Prints the table of methods for a model, and which GPUs hold each."""
-    device, rows = question.device(), []
+    device, rows = question.device, []
     for method, preset in METHODS.items():
+        asked = question.as_method(preset)
         for checkpointing in (True, False):
-            more = [f"preset={preset}", f"training.activation_checkpointing={str(checkpointing).lower()}"]
-            rows.append((method, checkpointing, question.estimate(more)))
+            plan = asked.resolve([f"training.activation_checkpointing={str(checkpointing).lower()}"])
+            rows.append((method, checkpointing, question.estimate(plan)))
+    # The methods differ in nothing that decides which GPUs can compute them.
+    known = list_devices(plan.spec)
     if question.json:
-        print_json([text.describe_method(*row, device) for row in rows])
+        print_json([plain.describe_method(*row, device, known) for row in rows])
         return
-    text.print_methods(question.model or "", rows, device)
+    text.print_methods(question.model or "", rows, device, known)
 
 
 def answer_run(question: Question, *, price: str | None, tokens: int | None, data: bool, explain: bool) -> None:
@@ -126,25 +42,43 @@ def answer_run(question: Question, *, price: str | None, tokens: int | None, dat
     from forge_cli.estimate.plan_time import estimate_plan_run, estimate_plan_step, read_price
 
     per_hour = read_price(price)
-    plan, estimate, device = question.resolve(), question.estimate(), question.device()
+    plan, device = question.resolve(), question.device
+    if (price or tokens or data) and not (device and device.gpu):
+        raise ConfigError("time and price need a GPU, and none is known here", fix="name one: --gpu rtx-4090")
+    estimate = question.estimate(plan)
     budget = make_budget(estimate, device) if device else None
-    advice = advise(plan, question.resolve, device) if budget and not budget.fits else []
-    step = estimate_plan_step(plan, estimate.setting, device.gpu) if device and device.gpu else None
+    advice = advise(plan, question.resolve, device, estimate=question.estimate) if budget and not budget.fits else []
+    step = None
+    if device and device.gpu and question.sharding is None:
+        step = estimate_plan_step(plan, estimate.setting, device.gpu)
     steps = None
     if data:
         tokens, steps = _count_data(plan)
     whole = (
         estimate_plan_run(plan, step, tokens_per_epoch=tokens, steps_per_epoch=steps, price=per_hour) if step else None
     )
+    note = _note_lengths(plan, tokens, counted=data)
     if question.json:
-        print_json(text.describe_run(plan, estimate, budget, advice) | {"time": text.describe_time(step, whole)})
+        time = plain.describe_time(step, whole, note)
+        print_json(plain.describe_run(plan, estimate, budget, advice) | {"time": time})
         return
     text.print_run(plan, estimate, budget)
-    text.print_time(step, whole, explain=explain)
+    if question.sharding is not None:
+        print("no time: the ranks' communication is not estimated")
+    text.print_time(step, whole, explain=explain, note=note)
     if explain:
         text.print_explanations(estimate)
     if budget and not budget.fits:
         text.print_advice(budget, advice)
+
+
+def _note_lengths(plan: Plan, tokens: int | None, *, counted: bool) -> str:
+    """Says what the duration takes for granted about the rows' lengths."""
+    if counted:
+        return "steps are timed at full length"
+    if tokens is None or plan.spec.data.packing:
+        return ""
+    return "assuming every sequence is full; --data counts the steps of a run file's rows"
 
 
 def _count_data(plan: Plan) -> tuple[int, int]:
@@ -162,16 +96,27 @@ def _count_data(plan: Plan) -> tuple[int, int]:
 
 def answer_fits(question: Question) -> None:
     """Prints which GPUs of the table hold the run."""
-    estimate = question.estimate()
-    budgets = [make_budget(estimate, device) for device in list_devices()]
+    plan = question.resolve()
+    estimate = question.estimate(plan)
+    budgets = sorted(
+        (make_budget(estimate, device) for device in list_devices()), key=lambda one: one.device.usable_bytes
+    )
+    verdicts = [_judge(plan, one) for one in budgets]
     if question.json:
-        print_json([text.describe_budget(one) for one in budgets])
+        print_json(
+            [plain.describe_budget(one) | {"verdict": said} for one, said in zip(budgets, verdicts, strict=True)]
+        )
         return
     print_table(
-        [text.fit_row(one) for one in sorted(budgets, key=lambda one: one.device.usable_bytes)],
+        [text.fit_row(one, said) for one, said in zip(budgets, verdicts, strict=True)],
         header=("GPU", "usable", "must have", "verdict"),
         right=(1, 2),
     )
+
+
+def _judge(plan: Plan, budget: Budget) -> str:
+    gpu = budget.device.gpu
+    return (gpu and find_obstacle(plan.spec, gpu)) or budget.verdict
 
 
 def answer_largest(question: Question, what: str) -> None:
@@ -179,44 +124,46 @@ def answer_largest(question: Question, what: str) -> None:
 
     Raises:
         ConfigError: There is no such question, or the plan has no adapters whose rank could grow.
+        MachineError: Not even the smallest fits.
     """
     from forge_cli.estimate.reverse import QUESTIONS, find_largest
 
     if what not in QUESTIONS:
         raise ConfigError(f"--max {what} is not known", fix=f"write --max {' or --max '.join(QUESTIONS)}")
     plan, device = question.resolve(), question.need_device()
-    if setting_from_plan(plan) is None:
-        refuse(plan)
     if what == "rank" and plan.spec.lora is None:
         raise ConfigError("--max rank: this plan trains no adapters", fix="add a lora section, or --set preset=lora")
-    found = find_largest(plan, device, what)
+    found = find_largest(plan, device, what, question.estimate)
     if question.json:
         print_json(
             {"path": found.path, "value": found.value, "limited_by": found.limited_by}
-            | text.describe_budget(found.budget)
+            | plain.describe_budget(found.budget)
         )
-    elif found.value:
+    if not found.value:
+        raise MachineError(
+            f"not even the smallest {what} fits {device.name}: {text.sum_up(found.budget)}",
+            fix="ask without --max: `forge estimate` says what makes it fit",
+        )
+    if not question.json:
         print(f"--set {found.path}={found.value}   {text.sum_up(found.budget)}; limited by {found.limited_by}")
-    else:
-        print(f"not even the smallest {what} fits: {text.sum_up(found.budget)}")
 
 
-def answer_sweep(question: Question, texts: Sequence[str], picture: Path | None) -> None:
+def answer_sweep(question: Question, texts: list[str], picture: Path | None) -> None:
     """Prints a table over values, or draws it."""
     from forge_cli.estimate.reverse import sweep
 
-    axes = [_read_axis(one) for one in texts] or [("data.max_length", [str(2**n) for n in range(8, 14)])]
-    device = question.device()
-    rows = list(sweep(question.resolve, device or Device("no GPU", 0), axes))
+    axes = read_axes(texts) or [("data.max_length", question.list_lengths())]
+    device = question.device
+    rows = list(sweep(question.resolve, device or Device("no GPU", 0), axes, question.estimate))
     paths = [path for path, _ in axes]
     if picture is not None:
         from forge_cli.cli.estimate_plot import draw_sweep
 
-        draw_sweep(picture, paths, rows, device)
+        draw_sweep(picture, text.name_run(question.resolve(), paths), paths, rows, device)
         print(picture)
         return
     if question.json:
-        print_json([dict(zip(paths, values, strict=True)) | text.describe_budget(one) for values, one in rows])
+        print_json([dict(zip(paths, values, strict=True)) | plain.describe_budget(one) for values, one in rows])
         return
     print_table(
         [(*values, *text.sweep_cells(one, device is not None)) for values, one in rows],
@@ -225,23 +172,13 @@ def answer_sweep(question: Question, texts: Sequence[str], picture: Path | None)
     )
 
 
-def _read_axis(written: str) -> tuple[str, list[str]]:
-    path, separator, values = written.partition("=")
-    found = [one.strip() for one in values.split(",") if one.strip()]
-    if not separator or not found:
-        raise ConfigError(f"--sweep {written} names no values", fix="write --sweep data.max_length=1024,2048,4096")
-    return path.strip(), found
-
-
 def answer_trace(question: Question) -> None:
     """Traces the real model on the CPU and prints it beside the estimate."""
     from forge_cli.run.trace import trace_plan
 
     print("tracing the model on the CPU ...", file=sys.stderr)
     plan = question.resolve()
-    traced = trace_plan(plan)
-    setting = setting_from_plan(plan)
-    text.print_trace(traced, estimate_memory(setting) if setting else None, as_json=question.json)
+    text.print_trace(trace_plan(plan), estimate_from_plan(plan), as_json=question.json)
 
 
 def calibrate(folder: Path, as_json: bool) -> None:

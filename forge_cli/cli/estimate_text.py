@@ -8,25 +8,25 @@ from typing import TYPE_CHECKING, Any
 from forge_cli.cli.render import print_json, print_table
 from forge_cli.estimate.budget import Budget, Device, make_budget
 from forge_cli.estimate.devices import list_devices, smallest_that_fit
-from forge_cli.estimate.memory import INSTANTS, Instant, MemoryEstimate
+from forge_cli.estimate.memory import CUBLAS_BYTES, INSTANTS, Instant, MemoryEstimate
 from forge_cli.units import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from forge_cli.estimate.advice import Advice
     from forge_cli.estimate.duration import RunTime, StepTime
+    from forge_cli.estimate.setting import Setting
     from forge_cli.resolve.plan import Plan
 
 _WIDTH = 100
 _BAR = 24
+_MOST_IS_PACKED = 0.9
 
 
-def print_methods(model: str, rows: Sequence[tuple[str, bool, MemoryEstimate]], device: Device | None) -> None:
+def print_methods(
+    model: str, rows: Sequence[tuple[str, bool, MemoryEstimate]], device: Device | None, known: list[Device]
+) -> None:
     """Prints one line per method, with and without activation checkpointing."""
-    setting, known = rows[0][2].setting, list_devices()
-    print(
-        f"{model}: {setting.batch_size} x {setting.sequence_length} tokens per step, packed; "
-        "weights that are trained whole in float32, with 16-bit compute\n"
-    )
+    print(f"{model}: {_describe_table([estimate.setting for _, _, estimate in rows])}\n")
     table = []
     for method, checkpointing, estimate in rows:
         needs = _needs(estimate, device)
@@ -43,6 +43,7 @@ def print_methods(model: str, rows: Sequence[tuple[str, bool, MemoryEstimate]], 
     verdict = (device.name,) if device else ()
     header = ("method", "checkpointing", "peak", "GPU must have", *verdict, "smallest GPUs that hold it")
     print_table(table, header=header, right=(2, 3))
+    _print_packed_share(rows[-1][2].setting)
     print("\n`forge estimate run.yaml --gpu NAME` says where it goes and what makes it fit")
 
 
@@ -59,7 +60,9 @@ def print_run(plan: Plan, estimate: MemoryEstimate, budget: Budget | None) -> No
         print(f"must have  {format_bytes(budget.needed_bytes):>10}  with the CUDA context")
         print(f"{budget.device.name:9}  {format_bytes(budget.device.usable_bytes):>10}  usable: {sum_up(budget)}")
     else:
-        print(f"GPUs that hold it: {smallest_that_fit(estimate, list_devices()) or 'no single GPU of the table'}")
+        print(
+            f"GPUs that hold it: {smallest_that_fit(estimate, list_devices(plan.spec)) or 'no single GPU of the table'}"
+        )
     print()
     total = estimate.total_bytes
     print_table(
@@ -77,9 +80,10 @@ def print_run(plan: Plan, estimate: MemoryEstimate, budget: Budget | None) -> No
         right=(1,),
     )
     print("\nassumed: " + "; ".join(list_assumptions(estimate)))
+    _print_packed_share(estimate.setting)
 
 
-def print_time(step: StepTime | None, whole: RunTime | None, *, explain: bool) -> None:
+def print_time(step: StepTime | None, whole: RunTime | None, *, explain: bool, note: str = "") -> None:
     """Prints the time of a step, and duration and price of the run where they are known."""
     if step is None:
         return
@@ -95,29 +99,11 @@ def print_time(step: StepTime | None, whole: RunTime | None, *, explain: bool) -
         print(
             f"the run's {whole.num_steps} steps take {format_duration(whole.seconds)} "
             f"({format_duration(whole.fast_seconds)} to {format_duration(whole.slow_seconds)}){cost}"
+            + (f"; {note}" if note else "")
         )
     if explain:
         for line in step.assumptions:
             print(f"  {line}")
-
-
-def describe_time(step: StepTime | None, whole: RunTime | None) -> dict | None:
-    """Returns times as plain data."""
-    if step is None:
-        return None
-    found: dict[str, Any] = {
-        "step_seconds": [step.fast_seconds, step.seconds, step.slow_seconds],
-        "tokens_per_second": step.num_tokens / step.seconds,
-        "model_flops_ratio": step.model_flops_ratio,
-        "step_flops": step.flops.total,
-        "limited_by": step.bound_by,
-        "assumed": list(step.assumptions),
-    }
-    if whole is not None:
-        found["num_steps"] = whole.num_steps
-        found["run_seconds"] = [whole.fast_seconds, whole.seconds, whole.slow_seconds]
-        found["cost"] = [whole.fast_cost, whole.cost, whole.slow_cost] if whole.cost is not None else None
-    return found
 
 
 def print_explanations(estimate: MemoryEstimate) -> None:
@@ -153,17 +139,22 @@ def print_advice(budget: Budget, advice: Sequence[Advice]) -> None:
 
 def print_trace(traced: Any, estimate: MemoryEstimate | None, *, as_json: bool) -> None:
     """Prints traced phases beside the estimate's."""
-    phases = dict(traced.phases)
-    if as_json:
-        print_json(
-            {"traced": phases, "estimated": estimate.total_bytes if estimate else None, "seconds": traced.seconds}
+    phases, comparable = dict(traced.phases), None
+    if estimate:
+        # A trace neither evaluates nor saves, and cannot see what cuBLAS keeps.
+        comparable = max(
+            one.total_bytes - (CUBLAS_BYTES if "workspace" in one.parts else 0)
+            for one in estimate.instants
+            if one.name not in ("evaluation", "save")
         )
+    if as_json:
+        print_json({"traced": phases, "estimated": comparable, "seconds": traced.seconds})
         return
     print_table([(name, format_bytes(size)) for name, size in phases.items()], header=("traced phase", ""), right=(1,))
     print(f"\ntraced peak {format_bytes(traced.peak_bytes)} in {traced.seconds:.1f} s")
-    if estimate:
-        ratio = estimate.total_bytes / traced.peak_bytes - 1
-        print(f"estimated   {format_bytes(estimate.total_bytes)} ({100 * ratio:+.2f} %)")
+    if comparable is not None:
+        ratio = comparable / traced.peak_bytes - 1
+        print(f"estimated   {format_bytes(comparable)} without cuBLAS's workspace ({100 * ratio:+.2f} %)")
 
 
 def list_assumptions(estimate: MemoryEstimate) -> list[str]:
@@ -183,64 +174,10 @@ def list_assumptions(estimate: MemoryEstimate) -> list[str]:
     return found
 
 
-def describe_run(plan: Plan, estimate: MemoryEstimate, budget: Budget | None, advice: Sequence[Advice]) -> dict:
-    """Returns the whole answer as plain data; sizes in bytes."""
-    from forge_cli.estimate.causes import explain_part
-
-    return {
-        "model": plan.spec.model.name,
-        "digest": plan.digest,
-        "allocated_bytes": estimate.total_bytes,
-        "peak": estimate.peak.name,
-        "instants": {one.name: dict(one.parts) | {"total": one.total_bytes} for one in estimate.instants},
-        "formulas": {
-            part: {"settings": cause.settings, "formula": cause.formula, "source": cause.source}
-            for part in estimate.peak.parts
-            for cause in [explain_part(part, estimate)]
-        },
-        "assumed": list_assumptions(estimate),
-        "device": describe_budget(budget) if budget else None,
-        "advice": [
-            {
-                "set": list(one.overrides),
-                "slowdown_ratio": round(one.slowdown, 3),
-                "changes": [edit.changes_training for edit in one.edits if edit.changes_training],
-                **describe_budget(one.budget),
-            }
-            for one in advice
-        ],
-    }
-
-
-def describe_budget(budget: Budget) -> dict:
-    """Returns a budget as plain data; sizes in bytes."""
-    return {
-        "gpu": budget.device.name,
-        "usable_bytes": budget.device.usable_bytes,
-        "allocated_bytes": budget.estimate.total_bytes,
-        "reserved_bytes": budget.reserved_bytes,
-        "needed_bytes": budget.needed_bytes,
-        "verdict": budget.verdict,
-    }
-
-
-def describe_method(method: str, checkpointing: bool, estimate: MemoryEstimate, device: Device | None) -> dict:
-    """Returns one line of the table of methods as plain data."""
-    return {
-        "method": method,
-        "activation_checkpointing": checkpointing,
-        "allocated_bytes": estimate.total_bytes,
-        "needed_bytes": _needs(estimate, device),
-        "peak": estimate.peak.name,
-        "verdict": make_budget(estimate, device).verdict if device else None,
-        "smallest_gpus": smallest_that_fit(estimate, list_devices()),
-    }
-
-
-def fit_row(budget: Budget) -> tuple[str, ...]:
+def fit_row(budget: Budget, verdict: str) -> tuple[str, ...]:
     """Returns the cells of one GPU."""
     device = budget.device
-    return device.name, format_bytes(device.usable_bytes), format_bytes(budget.needed_bytes), budget.verdict
+    return device.name, format_bytes(device.usable_bytes), format_bytes(budget.needed_bytes), verdict
 
 
 def sweep_cells(budget: Budget, has_device: bool) -> tuple[str, str, str]:
@@ -269,6 +206,35 @@ def sum_up(budget: Budget) -> str:
 
 def _needs(estimate: MemoryEstimate, device: Device | None) -> int:
     return make_budget(estimate, device or Device("", 0)).needed_bytes
+
+
+def name_run(plan: Plan, varied: Sequence[str] = ()) -> str:
+    """Names a run in a few words: model, method and batch, unless the batch is what varies."""
+    spec, batch = plan.spec, "training.per_device_train_batch_size"
+    rows = [] if batch in varied else [f"batch {spec.training.per_device_train_batch_size}"]
+    return ", ".join([spec.model.name, spec.preset or spec.method, *rows])
+
+
+def _describe_table(settings: Sequence[Setting]) -> str:
+    """Says what all lines of the table of methods have in common."""
+    batches = dict.fromkeys(f"{one.batch_size} x {one.sequence_length}" for one in settings)
+    whole = settings[0]
+    rows = "packed" if whole.packed else "padded" if whole.padded else "one row a sequence"
+    compute = "16-bit" if whole.autocast or whole.compute_bytes == 2 else "float32"
+    weights = "float32" if whole.trained_bytes == 4 else "16 bit"
+    return (
+        f"{' or '.join(batches)} tokens per micro step, {rows}; "
+        f"weights that are trained whole in {weights}, with {compute} compute"
+    )
+
+
+def _print_packed_share(setting: Setting) -> None:
+    """Says how much of a model bitsandbytes packs, where that is less than one would think."""
+    from forge_cli.facts.parameter_count import count_quantized_parameters
+
+    packed, total = count_quantized_parameters(setting.facts), setting.facts.num_parameters
+    if setting.quantized_bits and packed is not None and total and packed / total < _MOST_IS_PACKED:
+        print(f"bitsandbytes packs {100 * packed / total:.0f} % of this model's weights")
 
 
 def _headline(plan: Plan) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from forge_cli.errors import ForgeError
 from forge_cli.estimate.budget import Budget, Device, make_budget
-from forge_cli.estimate.memory import estimate_memory
-from forge_cli.estimate.plan_memory import setting_from_plan
+from forge_cli.estimate.memory import MemoryEstimate
+from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.estimate.plan_time import estimate_plan_step
 from forge_cli.facts.gpus import find_gpu
 from forge_cli.resolve.plan import Plan
@@ -19,6 +19,7 @@ from forge_cli.schema.runspec import RunSpec
 _STANDARD = "a100-80gb"
 
 Resolve = Callable[[Sequence[str]], Plan]
+Estimate = Callable[[Plan], MemoryEstimate | None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def list_edits(spec: RunSpec) -> list[Edit]:
         edits.append(Edit(("quantization.bits=4",), 1.0, "the frozen weights are rounded to 4 bits"))
     if lora and lora.r >= 16:
         edits.append(Edit((f"lora.r={lora.r // 2}",), 1.0, "the adapters hold half as much"))
-    if spec.freeze is None and spec.method == "sft":
+    if spec.freeze is None:
         edits.append(Edit(("freeze.first=50%",), 1.0, "the first half of the layers is not trained"))
     if spec.data.max_length >= 1024:
         edits.append(
@@ -114,20 +115,28 @@ def list_edits(spec: RunSpec) -> list[Edit]:
     return sorted(edits, key=lambda one: (bool(one.changes_training), one.slowdown))
 
 
-def advise(plan: Plan, resolve: Resolve, device: Device, limit: int = 6) -> list[Advice]:
+def advise(
+    plan: Plan, resolve: Resolve, device: Device, *, estimate: Estimate = estimate_from_plan, limit: int = 6
+) -> list[Advice]:
     """Finds the edits with which a plan fits a device, cheapest first; combined ones where no single one is enough.
 
     Args:
         plan: The plan that does not fit.
         resolve: Overrides to plan: an edit that contradicts the run file is left out.
         device: What it has to fit into.
+        estimate: Plan to estimate.
         limit: Longest list.
     """
-    now = _seconds(plan, device)
-    single = [one for edit in list_edits(plan.spec) if (one := _try(resolve, device, [edit], now)) is not None]
+    before = estimate(plan)
+    now = _seconds(plan, before, device) if before else None
+
+    def try_edits(edits: Sequence[Edit]) -> Advice | None:
+        return _try(resolve, estimate, device, edits, now)
+
+    single = [one for edit in list_edits(plan.spec) if (one := try_edits([edit])) is not None]
     found = [one for one in single if one.budget.fits]
     if not found:
-        found = _combine([one.edits[0] for one in sorted(single, key=_cost)], resolve, device, now)
+        found = _combine([one.edits[0] for one in sorted(single, key=_cost)], try_edits)
     return sorted(found, key=_cost)[:limit]
 
 
@@ -135,12 +144,12 @@ def _cost(advice: Advice) -> tuple[bool, float]:
     return any(edit.changes_training for edit in advice.edits), advice.slowdown
 
 
-def _combine(edits: Sequence[Edit], resolve: Resolve, device: Device, now: float | None) -> list[Advice]:
+def _combine(edits: Sequence[Edit], try_edits: Callable[[Sequence[Edit]], Advice | None]) -> list[Advice]:
     """Adds edits one by one, cheapest first, until the plan fits; the closest where it never does."""
     best: Advice | None = None
     for edit in edits:
         chosen = [*_without_rivals(best.edits if best else (), edit), edit]
-        advice = _try(resolve, device, chosen, now)
+        advice = try_edits(chosen)
         if advice is None or (best is not None and advice.budget.needed_bytes >= best.budget.needed_bytes):
             continue
         best = advice
@@ -155,23 +164,24 @@ def _without_rivals(chosen: Sequence[Edit], edit: Edit) -> list[Edit]:
     return [one for one in chosen if not paths & {text.split("=")[0] for text in one.overrides}]
 
 
-def _try(resolve: Resolve, device: Device, edits: Sequence[Edit], now: float | None) -> Advice | None:
+def _try(
+    resolve: Resolve, estimate: Estimate, device: Device, edits: Sequence[Edit], now: float | None
+) -> Advice | None:
     try:
         plan = resolve([text for edit in edits for text in edit.overrides])
+        found = estimate(plan)
     except ForgeError:
         return None
-    setting = setting_from_plan(plan)
-    if setting is None:
+    if found is None:
         return None
     slowdown = math.prod(edit.slowdown for edit in edits)
-    then = _seconds(plan, device)
+    then = _seconds(plan, found, device)
     if now and then:
         slowdown *= then / now
-    return Advice(tuple(edits), make_budget(estimate_memory(setting), device), slowdown)
+    return Advice(tuple(edits), make_budget(found, device), slowdown)
 
 
-def _seconds(plan: Plan, device: Device) -> float | None:
+def _seconds(plan: Plan, estimate: MemoryEstimate, device: Device) -> float | None:
     """Returns the seconds per token, on the device or on a GPU that stands for others."""
-    setting = setting_from_plan(plan)
-    step = estimate_plan_step(plan, setting, device.gpu or find_gpu(_STANDARD)) if setting else None
+    step = estimate_plan_step(plan, estimate.setting, device.gpu or find_gpu(_STANDARD))
     return step.seconds / step.num_tokens if step else None

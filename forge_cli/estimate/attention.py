@@ -30,7 +30,7 @@ class Attention:
         setting: The step.
         linear: Linear layers by name.
         norm: Runs a norm: its name, the input and the width.
-        trains: Its own weights are trained.
+        trains: Its own weights (gpt-oss's sinks) are trained.
     """
 
     def __init__(

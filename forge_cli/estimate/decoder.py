@@ -16,7 +16,8 @@ from forge_cli.estimate.setting import Setting
 from forge_cli.estimate.shared import Reading, has_window
 from forge_cli.estimate.tape import Tensor
 from forge_cli.facts.families import FALCON_SEQUENTIAL, FALCON_TWO_NORMS, find_family
-from forge_cli.facts.parameter_count import linear_modules
+from forge_cli.facts.parameter_count import list_linear_paths
+from forge_cli.facts.weights import layer_prefix
 
 
 @dataclass(frozen=True)
@@ -71,41 +72,63 @@ class Layer:
         facts = setting.facts
         self.ops, self.setting, self.facts, self.family = ops, setting, facts, find_family(facts)
         self.block = BLOCKS[facts.layout or facts.model_type]
-        self.trains = setting.adapters is None and not frozen
+        self.prefix = layer_prefix(facts, index)
+        self.frozen = frozen or self.prefix in setting.frozen
         self.has_window = has_window(setting, index)
-        self.linear = self._make_linear(frozen)
-        self.norms: dict[str, tuple[Tensor, Tensor]] = {}
-        self.attention = Attention(ops, setting, self.linear, self.norm, trains=self.trains)
-        self.experts = Experts(ops, setting, trains=self.trains) if self.family.router else None
+        self.linear = self._make_linear()
+        self.norms: dict[str, tuple[Tensor, ...]] = {}
+        sinks = self.trains(f"{self.prefix}.{self.family.attention_block}")
+        self.attention = Attention(ops, setting, self.linear, self.norm, trains=sinks)
+        self.experts = self._make_experts() if self.family.router else None
 
-    def _make_linear(self, frozen: bool) -> dict[str, Linear]:
+    def trains(self, module: str) -> bool:
+        """Whether the weights of a module are trained, by its dotted name in the model."""
+        return self.setting.adapters is None and not self.frozen and module not in self.setting.frozen
+
+    def _make_experts(self) -> Experts:
+        block = f"{self.prefix}.{self.family.feed_forward_block}"
+        router = self.trains(f"{block}.{self.family.router}")
+        return Experts(self.ops, self.setting, trains=self.trains(f"{block}.experts"), router_trains=router)
+
+    def _make_linear(self) -> dict[str, Linear]:
         family, made = self.family, {}
         count = len(family.attention)
         biases = [*[family.qkv_bias] * (count - 1), family.output_bias]
-        for index, (name, inputs, outputs) in enumerate(linear_modules(self.facts)):
+        for index, (path, inputs, outputs) in enumerate(list_linear_paths(self.facts)):
+            name = path.rpartition(".")[2]
             # GPT-2 has two layers of one name.
             made[name if name not in made else f"mlp.{name}"] = Linear(
                 self.ops,
                 self.setting,
-                name,
+                f"{self.prefix}.{path}",
                 inputs,
                 outputs,
-                frozen=frozen,
+                frozen=self.frozen,
                 bias=biases[index] if index < count else family.feed_forward_bias,
                 own=family.own_linear,
             )
         return made
 
     def norm(self, name: str, x: Tensor, width: int = 0) -> Tensor:
-        """One of the layer's norms; its weights are made when it is first used."""
+        """Runs one of the layer's norms; its weights are made when it is first used."""
         width = width or self.facts.hidden_size
         if name not in self.norms:
-            size = self.setting.trained_bytes if self.trains else self.setting.weight_bytes
-            self.norms[name] = tuple(self.ops.tape.leaf(width, size, self.trains) for _ in range(2))
-        weight, bias = self.norms[name]
+            trains = self.trains(self._find_norm(name))
+            size = self.setting.trained_bytes if trains else self.setting.weight_bytes
+            parts = 2 if self.block.norm == "layer" else 1
+            self.norms[name] = tuple(self.ops.tape.leaf(width, size, trains) for _ in range(parts))
         if self.block.norm == "layer":
-            return layer_norm(self.ops, x, weight, bias, width)
-        return rms_norm(self.ops, x, weight, width, self.block.norm)
+            return layer_norm(self.ops, x, *self.norms[name], width)
+        return rms_norm(self.ops, x, *self.norms[name], width, self.block.norm)
+
+    def _find_norm(self, name: str) -> str:
+        """Returns the dotted name of a norm; those of a layer's own width are first used in the model's order."""
+        family = self.family
+        if name == "final":
+            return f"{family.body}.{family.final_norm}"
+        if name in ("query", "key"):
+            return f"{self.prefix}.{family.attention_block}.{name[0]}_norm"
+        return f"{self.prefix}.{family.norms[len(self.norms.keys() - {'query', 'key', 'final'})]}"
 
     def __call__(self, hidden_states: Tensor, reading: Reading) -> Tensor:
         """Runs the layer."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from forge_cli.errors import ConfigError
 from forge_cli.estimate.budget import CONTEXT_BYTES, Device, make_budget, read_calibration
@@ -11,6 +12,9 @@ from forge_cli.estimate.memory import MemoryEstimate
 from forge_cli.facts.gpus import Gpu, find_gpu, list_gpus, match_device, parse_memory
 from forge_cli.paths import cache_root
 from forge_cli.units import MIB
+
+if TYPE_CHECKING:
+    from forge_cli.schema.runspec import RunSpec
 
 _QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader,nounits")
 _MOST_NAMES = 3
@@ -31,9 +35,40 @@ def choose_device(gpu: str | None, memory: str | None) -> Device | None:
     return find_visible()
 
 
-def list_devices() -> list[Device]:
-    """Lists the GPUs of the table."""
-    return [from_gpu(gpu) for gpu in list_gpus()]
+def list_devices(spec: RunSpec | None = None) -> list[Device]:
+    """Lists the GPUs of the table; with a run's settings, those that can compute it."""
+    return [_calibrated(from_gpu(gpu)) for gpu in list_gpus() if spec is None or not find_obstacle(spec, gpu)]
+
+
+def find_obstacle(spec: RunSpec, gpu: Gpu) -> str:
+    """Says which format or kernel a run asks for that a GPU does not have; empty if it has all of them.
+
+    Source: bf16 and FlashAttention 2 both need compute capability 8.0 (Ampere) or newer.
+    """
+    if spec.training.precision == "bf16" and not gpu.has_bf16:
+        return "no bfloat16"
+    if spec.model.attn_implementation == "flash_attention_2" and not gpu.has_bf16:
+        return "no flash_attention_2"
+    return ""
+
+
+def check_device(spec: RunSpec, gpu: Gpu) -> None:
+    """Refuses a GPU that cannot compute a run.
+
+    Raises:
+        ConfigError: Says what to write instead.
+    """
+    obstacle = find_obstacle(spec, gpu)
+    if obstacle == "no bfloat16":
+        raise ConfigError(
+            f"{gpu.name} has no bfloat16, but training.precision is bf16", fix="write training.precision: fp16 or auto"
+        )
+    if obstacle:
+        raise ConfigError(
+            f"{gpu.name} cannot run flash_attention_2",
+            why="it needs Ampere or newer",
+            fix="write model.attn_implementation: sdpa or auto",
+        )
 
 
 def from_gpu(gpu: Gpu) -> Device:

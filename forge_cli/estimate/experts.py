@@ -21,27 +21,29 @@ class Experts:
     Args:
         ops: Operations on the tape.
         setting: The step.
-        trains: Its weights are trained.
+        trains: The experts are trained.
+        router_trains: The router is.
 
     Source: transformers 5.23, ``integrations/moe.py`` (``grouped_mm_experts_forward``), and the models' routers.
     """
 
-    def __init__(self, ops: Operations, setting: Setting, *, trains: bool) -> None:
+    def __init__(self, ops: Operations, setting: Setting, *, trains: bool, router_trains: bool) -> None:
         facts = setting.facts
         self.ops, self.type, self.hidden = ops, facts.model_type, facts.hidden_size
         self.count, self.per_token = facts.num_local_experts, facts.num_experts_per_tok
         self.width = facts.moe_intermediate_size or facts.intermediate_size
         self.has_bias = facts.model_type == "gpt_oss"
-        size = setting.trained_bytes if trains else setting.weight_bytes
 
-        def leaf(numel: int) -> Tensor:
-            return ops.tape.leaf(numel, size, trains)
+        def leaf(numel: int, trains: bool = trains) -> Tensor:
+            return ops.tape.leaf(numel, setting.trained_bytes if trains else setting.weight_bytes, trains)
 
-        self.router = leaf(self.count * self.hidden)
+        self.router = leaf(self.count * self.hidden, router_trains)
         self.gate_up_proj = leaf(self.count * 2 * self.width * self.hidden)
         self.down_proj = leaf(self.count * self.width * self.hidden)
-        biases = (self.count, self.count * 2 * self.width, self.count * self.hidden)
-        self.biases = [leaf(numel) if self.has_bias else None for numel in biases]
+        self.biases: list[Tensor | None] = [None] * 3
+        if self.has_bias:
+            sizes = (self.count * 2 * self.width, self.count * self.hidden)
+            self.biases = [leaf(self.count, router_trains), *(leaf(size) for size in sizes)]
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Runs router and experts."""

@@ -21,7 +21,7 @@ class Linear:
     Args:
         ops: Operations on the tape.
         setting: The step.
-        name: Name of the layer, as adapters target it.
+        name: Dotted name in the model.
         inputs: Width of the input.
         outputs: Width of the output.
         frozen: Neither it nor an adapter is trained.
@@ -43,17 +43,20 @@ class Linear:
     ) -> None:
         tape, adapters = ops.tape, setting.adapters
         self.ops, self.setting, self.inputs, self.outputs, self.own = ops, setting, inputs, outputs, own
-        trained = adapters is None and not frozen
+        trained = adapters is None and not frozen and name not in setting.frozen
         size = setting.trained_bytes if trained else setting.weight_bytes
         self.weight = tape.leaf(inputs * outputs, size, trained)
         self.bias = tape.leaf(outputs, size, trained) if bias else None
         self.bits = None if own else setting.quantized_bits
         self.down = self.up = self.magnitude = None
-        if adapters and not frozen and name in adapters.targets:
-            self.down = tape.leaf(inputs * adapters.rank, setting.trained_bytes, True)
-            self.up = tape.leaf(outputs * adapters.rank, setting.trained_bytes, True)
+        if adapters and not frozen and adapters.reach(name):
+            self.down = self._adapt(f"{name}.lora_A.default", inputs * adapters.rank)
+            self.up = self._adapt(f"{name}.lora_B.default", outputs * adapters.rank)
             if adapters.dora:
-                self.magnitude = tape.leaf(outputs, setting.trained_bytes, True)
+                self.magnitude = self._adapt(f"{name}.lora_magnitude_vector.default", outputs)
+
+    def _adapt(self, name: str, numel: int) -> Tensor:
+        return self.ops.tape.leaf(numel, self.setting.trained_bytes, name not in self.setting.frozen)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Runs it. Source: PEFT 0.21, ``lora/layer.py`` and ``lora/bnb.py``."""

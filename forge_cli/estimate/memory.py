@@ -81,7 +81,8 @@ def estimate_memory(setting: Setting) -> MemoryEstimate:
     held = {"weights": setting.weights_bytes}
     adapters = weigh_tensors(setting.trained, setting.trained_bytes, granule) if setting.adapters else 0
     gradients = weigh_tensors(setting.trained, setting.trained_bytes, granule)
-    average = weigh_tensors(setting.trained, 4, granule)
+    # The average covers what asks for a gradient, whether it gets one or not.
+    average = weigh_tensors(setting.trained, 4, granule) + 4 * setting.num_idle_parameters
     held["adapters"] = adapters
     held["reference"] = setting.reference_bytes
     held["EMA"] = average if setting.ema == "device" else 0
@@ -102,7 +103,9 @@ def estimate_memory(setting: Setting) -> MemoryEstimate:
     if setting.ema == "device" and setting.trained_bytes < 4:
         step["EMA"] = average
     instants.append(_join("optimizer step", held, step))
-    swapped = {"EMA": weigh_tensors(setting.trained, setting.trained_bytes, granule)} if setting.ema else {}
+    aside = weigh_tensors(setting.trained, setting.trained_bytes, granule)
+    aside += setting.trained_bytes * setting.num_idle_parameters
+    swapped = {"EMA": aside} if setting.ema else {}
     if setting.eval_batch_size:
         found = replay_evaluation(setting)
         instants.append(_join("evaluation", held, {**found, "EMA": swapped.get("EMA", 0)}))

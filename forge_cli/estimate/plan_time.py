@@ -65,7 +65,7 @@ def read_price(written: str | None) -> float | None:
     """
     if written is None:
         return None
-    found = re.fullmatch(r"\s*\D?\s*(\d+(?:\.\d+)?)\s*(?:/\s*h(?:our)?)?\s*", written)
+    found = re.fullmatch(r"\s*[$€£¥]?\s*(\d+(?:\.\d+)?)\s*(?:/\s*h(?:our)?)?\s*", written)
     if found is None:
         raise ConfigError(f"--price {written!r} is no price per hour", fix="write it like --price 2.50/h")
     return float(found[1])
@@ -82,7 +82,7 @@ def _work_of(plan: Plan, setting: Setting) -> Work:
         lora_rank=adapters.rank if adapters else None,
         lora_targets=adapters.targets if adapters else None,
         dora=bool(adapters and adapters.dora),
-        num_frozen_layers=setting.num_frozen_layers,
+        num_frozen_layers=plan.derived.num_frozen_layers or 0,
         trains_embeddings=setting.embeddings_train,
         trains_head=setting.head_trains,
         checkpoint_every=1 if setting.activation_checkpointing else 0,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from forge_cli.estimate.budget import Budget, Device, make_budget
-from forge_cli.estimate.memory import estimate_memory
-from forge_cli.estimate.plan_memory import setting_from_plan
-from forge_cli.estimate.setting import Setting
+from forge_cli.estimate.memory import MemoryEstimate
 from forge_cli.resolve.plan import Plan
+
+Estimate = Callable[[Plan], MemoryEstimate]
 
 # What `--max` asks for: setting, step of the search, and where it ends.
 QUESTIONS = {
@@ -37,7 +37,7 @@ class Largest:
     limited_by: str
 
 
-def find_largest(plan: Plan, device: Device, question: str) -> Largest:
+def find_largest(plan: Plan, device: Device, question: str, estimate: Estimate) -> Largest:
     """Finds the largest batch, length or rank with which a plan fits a device, by bisection.
 
     Units: rows, tokens or ranks. Source: memory never falls when one of them grows.
@@ -49,7 +49,7 @@ def find_largest(plan: Plan, device: Device, question: str) -> Largest:
         limit, reason = min(limit, positions), "the model's positions"
 
     def try_value(times: int) -> Budget:
-        return make_budget(estimate_memory(_with_value(plan, path, times * step)), device)
+        return make_budget(estimate(_with_value(plan, path, times * step)), device)
 
     low, high = 0, 1
     budget = try_value(1)
@@ -64,14 +64,17 @@ def find_largest(plan: Plan, device: Device, question: str) -> Largest:
     return Largest(path, low * step, try_value(low), reason if low == limit // step else "memory")
 
 
-def _with_value(plan: Plan, path: str, value: int) -> Setting:
+def _with_value(plan: Plan, path: str, value: int) -> Plan:
     section, name = path.split(".")
     changed = getattr(plan.spec, section).model_copy(update={name: value})
-    return setting_from_plan(replace(plan, spec=plan.spec.model_copy(update={section: changed})))
+    return replace(plan, spec=plan.spec.model_copy(update={section: changed}))
 
 
 def sweep(
-    resolve: Callable[[Sequence[str]], Plan], device: Device, axes: Sequence[tuple[str, Sequence[str]]]
+    resolve: Callable[[Sequence[str]], Plan],
+    device: Device,
+    axes: Sequence[tuple[str, Sequence[str]]],
+    estimate: Estimate,
 ) -> Iterator[tuple[tuple[str, ...], Budget]]:
     """Yields the budget of every combination of values.
 
@@ -79,8 +82,9 @@ def sweep(
         resolve: Overrides to plan.
         device: What it has to fit into.
         axes: Setting and its values, as typed.
+        estimate: Plan to estimate.
     """
     paths = [path for path, _ in axes]
     for values in product(*(values for _, values in axes)):
         plan = resolve([f"{path}={value}" for path, value in zip(paths, values, strict=True)])
-        yield values, make_budget(estimate_memory(setting_from_plan(plan)), device)
+        yield values, make_budget(estimate(plan), device)

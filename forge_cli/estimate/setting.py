@@ -14,15 +14,21 @@ class Adapters:
 
     Attributes:
         rank: Rank.
-        targets: Names of the linear layers that have one.
+        targets: Names of the linear layers that have one: whole dotted names or their ends, as PEFT takes them.
         dropout: Dropout on their input (0 to 1).
         dora: Weight-decomposed adapters.
+        embeddings: The input embeddings have one too.
     """
 
     rank: int
     targets: tuple[str, ...]
     dropout: float = 0.0
     dora: bool = False
+    embeddings: bool = False
+
+    def reach(self, module: str) -> bool:
+        """Whether a linear layer has an adapter, by its dotted name in the model."""
+        return any(module == name or module.endswith(f".{name}") for name in self.targets)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ class Setting:
         autocast: Whether torch casts the inputs of multiplications (mixed precision).
         cuda: The step runs on a GPU; ``False`` for the CPU.
         num_frozen_layers: First decoder layers that run without autograd.
-        embeddings_train: The input embeddings are trained.
+        frozen: Dotted names of what autograd passes through and does not train: decoder layers, and modules in them.
+        num_idle_parameters: Weights that ask for a gradient and get none (a model's eyes).
+        embeddings_train: The input embeddings are trained, or their adapter is.
         head_trains: The output layer is trained.
         activation_checkpointing: Layers keep their input only and run again in the backward pass.
         accumulation_steps: Micro steps per optimizer step; the batches of all of them are on the device, and from the
@@ -79,6 +87,8 @@ class Setting:
     autocast: bool = True
     cuda: bool = True
     num_frozen_layers: int = 0
+    frozen: frozenset[str] = frozenset()
+    num_idle_parameters: int = 0
     embeddings_train: bool = False
     head_trains: bool = False
     activation_checkpointing: bool = True

@@ -32,13 +32,29 @@ def make_positions(ops: Operations, setting: Setting) -> Tensor | None:
     facts = setting.facts
     if facts.model_type != "gpt2":
         return None
-    trains = setting.embeddings_train and setting.adapters is None
+    family = find_family(facts)
+    trains = setting.adapters is None and f"{family.body}.{family.positions}" not in setting.frozen
     size = setting.trained_bytes if setting.adapters is None else setting.weight_bytes
     return ops.tape.leaf((facts.max_position_embeddings or setting.sequence_length) * facts.hidden_size, size, trains)
 
 
+def make_embedding_adapter(ops: Operations, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Makes the two matrices of the input embeddings' adapter."""
+    facts, rank = setting.facts, setting.adapters.rank
+    down, up = (
+        ops.tape.leaf(rank * rows, setting.trained_bytes, True) for rows in (facts.vocab_size, facts.hidden_size)
+    )
+    return down, up
+
+
 def embed(
-    ops: Operations, setting: Setting, embedding: Tensor, positions: Tensor | None, *, asks_gradient: bool
+    ops: Operations,
+    setting: Setting,
+    embedding: Tensor,
+    positions: Tensor | None,
+    adapter: tuple[Tensor, Tensor] | None = None,
+    *,
+    asks_gradient: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Looks the tokens up.
 
@@ -47,15 +63,21 @@ def embed(
         setting: The step.
         embedding: The table.
         positions: The table of positions; None where they are rotary.
+        adapter: The table's adapter.
         asks_gradient: The result of the table is made to need a gradient.
 
     Returns:
         The first layer's input, and what the model's forward pass holds to its end.
 
-    Source: transformers 5.23, the models' ``forward``.
+    Source: transformers 5.23, the models' ``forward``; PEFT 0.21, ``lora/layer.py`` (``Embedding``).
     """
-    facts = setting.facts
-    inputs_embeds = _look_up(ops, embedding, setting.num_sequences * setting.sequence_length * facts.hidden_size)
+    facts, tokens = setting.facts, setting.num_sequences * setting.sequence_length
+    inputs_embeds = _look_up(ops, embedding, tokens * facts.hidden_size)
+    if adapter is not None:
+        rank, expected = setting.adapters.rank, inputs_embeds.itemsize
+        output = ops.linear(_look_up(ops, adapter[0], tokens * rank), adapter[1], None, rank, facts.hidden_size)
+        inputs_embeds = ops.cast(ops.add(inputs_embeds, ops.scale(output)), expected)
+        del output
     if asks_gradient:
         inputs_embeds.needs_grad = True
     if facts.model_type == "granite":

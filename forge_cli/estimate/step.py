@@ -9,8 +9,16 @@ from forge_cli.estimate.ledger import Ledger
 from forge_cli.estimate.losses import fused_loss, plain_loss, score_loss
 from forge_cli.estimate.operations import Formats, Operations
 from forge_cli.estimate.setting import Adapters, Setting
-from forge_cli.estimate.shared import Reading, count_layer_pattern, embed, make_positions, make_readings
+from forge_cli.estimate.shared import (
+    Reading,
+    count_layer_pattern,
+    embed,
+    make_embedding_adapter,
+    make_positions,
+    make_readings,
+)
 from forge_cli.estimate.tape import Tape, Tensor
+from forge_cli.facts.weights import layer_prefix
 
 GRANULE_BYTES = 512
 # The lowest and the highest layer are special; in between, what is alive changes by the same amount per layer, or per
@@ -36,13 +44,27 @@ def replay_step(setting: Setting) -> Peaks:
     period = count_layer_pattern(setting)
     # A whole pattern has to lie between the lowest two layers and the highest two.
     few = _SHALLOW if period == 1 else 4 + period + (trained - 4) % period
-    if trained <= few + period:
+    if trained <= few + period or not _has_equal_layers(setting):
         return merge_layers(run_layers(setting, frozen, trained))
     shallow, deep = run_layers(setting, frozen, few), run_layers(setting, frozen, few + period)
-    if few == _SHALLOW:
+    if few == _SHALLOW and "backward layer/1" in deep:
         _guess_neighbours(shallow, deep)
     times = (trained - few) // period
     return merge_layers({name: _carry_on(shallow[name], deep[name], times) for name in deep})
+
+
+def _has_equal_layers(setting: Setting) -> bool:
+    """Whether the same is trained in every layer that autograd sees."""
+    if setting.adapters and any(part.isdigit() for name in setting.adapters.targets for part in name.split(".")):
+        return False
+    facts, frozen_in = setting.facts, {}
+    prefix = layer_prefix(facts, 0).removesuffix("0")
+    for name in setting.frozen:
+        if name.startswith(prefix):
+            number, _, rest = name.removeprefix(prefix).partition(".")
+            frozen_in.setdefault(rest, set()).add(int(number))
+    layers = set(range(setting.num_frozen_layers, facts.num_hidden_layers))
+    return all(layers <= one or layers.isdisjoint(one) for one in frozen_in.values())
 
 
 def _guess_neighbours(shallow: Peaks, deep: Peaks) -> None:
@@ -102,7 +124,8 @@ def run_layers(setting: Setting, num_frozen: int, num_trained: int) -> Peaks:
         ledger.enter("reference")
         with tape.no_grad():
             model.forward(phase="reference")
-    tape.backward(loss)
+    if loss.node:
+        tape.backward(loss)
     ledger.enter("end of backward")
     return ledger.peaks
 
@@ -116,11 +139,14 @@ class _Model:
         def table(trains: bool) -> Tensor:
             return tape.leaf(numel, setting.trained_bytes if whole or trains else setting.weight_bytes, trains)
 
-        self.head = self.embedding = table(setting.embeddings_train)
+        adapted = not whole and setting.adapters.embeddings
+        table_trains = setting.embeddings_train and not adapted
+        self.head = self.embedding = table(table_trains)
         # PEFT trains copies of embeddings and head, which are then tied no more.
-        if not facts.tie_word_embeddings or (setting.embeddings_train and not whole):
+        if not facts.tie_word_embeddings or (not whole and (table_trains or setting.head_trains)):
             self.head = table(setting.head_trains)
-        tape.tied = self.head if self.head is self.embedding and setting.embeddings_train else None
+        tape.tied = self.head if self.head is self.embedding and table_trains else None
+        self.embedding_adapter = make_embedding_adapter(ops, setting) if adapted else None
         if setting.loss == "score":
             tape.tied = None
             self.head = tape.leaf(facts.hidden_size, setting.trained_bytes, True)
@@ -166,7 +192,8 @@ class _Model:
         self.ops.tape.phase = "embedding"
         # transformers asks for the gradient of the embeddings' output whenever layers are checkpointed.
         asks_gradient = self.setting.activation_checkpointing and not self.num_frozen
-        return embed(self.ops, self.setting, self.embedding, self.positions, asks_gradient=asks_gradient)
+        tables = (self.embedding, self.positions, self.embedding_adapter)
+        return embed(self.ops, self.setting, *tables, asks_gradient=asks_gradient)
 
     def _rerunnable(self, layer: Layer, reading: Reading):
         def run(x: Tensor) -> Tensor:
@@ -196,6 +223,9 @@ def replay_evaluation(setting: Setting) -> dict[str, int]:
     Units: bytes by part. Source: the replay of one layer and the loss.
     """
     smaller = replace(setting, batch_size=setting.eval_batch_size, accumulation_steps=1, adapters=_quiet(setting))
+    # Training's batch may have been of one row, which nothing pads.
+    padded = smaller.num_sequences > 1 and not setting.packed and setting.attention != "flash"
+    smaller = replace(smaller, padded=padded)
     ledger = Ledger(GRANULE_BYTES if setting.cuda else 1)
     tape = Tape(ledger)
     tape.grad_enabled = False

@@ -55,9 +55,10 @@ def weigh_model(
 ) -> int | None:
     """Returns the bytes of all weights of a model as they are held; ``None`` for an unknown architecture.
 
-    Only linear layers are quantised: embeddings, norms, the output layer and experts are not.
+    Only linear layers are quantised, those of eyes too: embeddings, norms, the output layer and experts are not.
 
-    Units: bytes. Source: shapes of transformers 5.23 (``forge_cli.facts.weights``), each tensor rounded up.
+    Units: bytes. Source: shapes of transformers 5.23 (``forge_cli.facts.weights``), each tensor rounded up; eyes, whose
+    shapes are not known, as one.
     """
     layer, outer, family = (
         list_layer_weights(facts),
@@ -66,7 +67,10 @@ def weigh_model(
     )
     if layer is None or outer is None or family is None:
         return None
-    total = bytes_per_weight * facts.num_other_parameters
+    packed_eyes = facts.num_other_linear_parameters if quantized_bits else 0
+    total = bytes_per_weight * (facts.num_other_parameters - packed_eyes)
+    if packed_eyes:
+        total += weigh_quantized(packed_eyes, quantized_bits, 0, double_quant=double_quant, granule_bytes=granule_bytes)
     for times, weights in ((facts.num_hidden_layers, layer), (1, outer)):
         for weight in weights:
             if quantized_bits and weight.kind == "linear" and weight.name == "weight" and not family.own_linear:

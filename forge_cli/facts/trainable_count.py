@@ -59,15 +59,31 @@ def list_trained_tensors(
     """
     if find_family(facts) is None or list_outer_weights(facts) is None:
         return None
+    tensors: dict[int, int] = {}
+    for _, size in iterate_trained_tensors(facts, lora, freeze, num_frozen_layers, score_head=score_head):
+        tensors[size] = tensors.get(size, 0) + 1
+    return tensors
+
+
+def iterate_trained_tensors(
+    facts: ModelFacts,
+    lora: LoraSection | None = None,
+    freeze: FreezeSection | None = None,
+    num_frozen_layers: int = 0,
+    *,
+    score_head: bool = False,
+) -> Iterator[tuple[str, int]]:
+    """Yields the module and the size of every tensor that a run trains.
+
+    Args and source: as of :func:`count_trainable_parameters`.
+    """
     whole = [] if lora is None else lora.modules_to_save
     parts = _list_model(facts, score_head) if lora is None else _list_adapters(facts, lora, num_frozen_layers)
-    tensors: dict[int, int] = {}
     for layer, module, size in parts:
         if not (layer is not None and layer < num_frozen_layers) and not _is_frozen(facts, module, freeze, whole):
-            tensors[size] = tensors.get(size, 0) + 1
+            yield module, size
     if score_head and lora is not None:
-        tensors[facts.hidden_size] = tensors.get(facts.hidden_size, 0) + 1
-    return tensors
+        yield "score.modules_to_save.default", facts.hidden_size
 
 
 def count_lora_parameters(facts: ModelFacts, lora: LoraSection, num_frozen_layers: int = 0) -> int | None:
@@ -96,15 +112,16 @@ def _list_model(facts: ModelFacts, score_head: bool) -> Iterator[tuple[int | Non
 def _list_adapters(facts: ModelFacts, lora: LoraSection, num_frozen: int) -> Iterator[tuple[int | None, str, int]]:
     """Lists (layer, name, weights) of everything that PEFT adds and trains."""
     family, rank = find_family(facts), lora.r
-    linear = [one for one in list_linear_paths(facts) or [] if _is_target(one[0], lora)]
+    linear = list_linear_paths(facts) or []
     if family and family.router and lora.target_modules != "all-linear":
         # PEFT puts a named router's adapter on its weights, in all layers; experts it refuses.
         router = f"{family.feed_forward_block}.{family.router}"
-        linear += [(router, facts.hidden_size, facts.num_local_experts or 0)] if _is_target(router, lora) else []
+        linear.append((router, facts.hidden_size, facts.num_local_experts or 0))
     for layer in range(num_frozen, facts.num_hidden_layers):
         prefix = layer_prefix(facts, layer)
         for name, inputs, outputs in linear:
-            yield from ((layer, *part) for part in _split_adapter(f"{prefix}.{name}", inputs, outputs, lora))
+            if _is_target(f"{prefix}.{name}", lora):
+                yield from ((layer, *part) for part in _split_adapter(f"{prefix}.{name}", inputs, outputs, lora))
     for weight in list_outer_weights(facts._replace(tie_word_embeddings=False)) or []:
         if (
             weight.kind in ("head", "embedding")

@@ -30,7 +30,11 @@ TORCH_FREE = {"errors", "units", "paths", "version", "schema", "facts", "resolve
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "bitsandbytes", "numpy", "safetensors"}
 # Imported when a command needs them, not to show a list.
 SLOW_TO_START = {"yaml", "pydantic", "rich", "importlib.metadata"}
-LOADED_LATE = {"json_schema.py", "live.py", "estimate_tasks.py", "estimate_text.py", "estimate_plot.py"}
+LOADED_LATE = {
+    "json_schema.py",
+    "live.py",
+    *(f"estimate_{one}.py" for one in ("json", "plot", "question", "tasks", "text")),
+}
 BACKEND_ONLY = {"trl", "SFTConfig", "SFTTrainer", "DPOConfig", "DPOTrainer", "TrainingArguments"}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "_data" not in path.parts)

@@ -7,9 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from forge_cli.cli.app import run_app
 from forge_cli.units import GIB
 
 RUN_FILE = """
@@ -24,6 +26,30 @@ def run_file(tmp_path: Path) -> Path:
     file = tmp_path / "run.yaml"
     file.write_text(RUN_FILE, encoding="utf-8")
     return file
+
+
+class Answer(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+    def json(self):
+        assert self.returncode == 0, self.stderr
+        return json.loads(self.stdout)
+
+
+@pytest.fixture()
+def here(capsys, monkeypatch):
+    """Types a command in this process, without a GPU: a process of its own takes most of a second."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+    def type_command(*arguments: object) -> Answer:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            run_app([str(one) for one in arguments])
+        return Answer(ended.value.code, *capsys.readouterr())
+
+    return type_command
 
 
 def forge(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
@@ -128,14 +154,154 @@ def test_time_and_money_follow_tokens_and_price(run_file):
         (["--model", "mistral-7b", "--sweep", "data.max_lenght=1"], 2, "max_length"),
         (["--model", "mistral-7b", "--sharding", "fsdp"], 2, "fsdp2:8"),
         (["--model", "mistral-7b", "--gpu", "t4", "--price", "much", "--explain"], 2, "2.50/h"),
+        (["--model", "mistral-7b", "--gpu", "a100", "--price", "x2/h", "--explain"], 2, "2.50/h"),
         (["--model", "org/unheard-of"], 4, "config.json"),
+        (["--model", "org/unheard-of", "--sweep", "data.max_length=512,1024"], 4, "config.json"),
+        (["--model", "org/unheard-of", "--plot", "x.png"], 4, "config.json"),
+        (["--model", "mistral-7b", "--memory", "1GiB", "--max", "batch"], 5, "not even the smallest"),
         ([], 2, "--model"),
     ],
 )
-def test_wrong_input_is_one_line_with_what_to_type(arguments, code, words):
-    done = forge("estimate", *arguments)
+def test_wrong_input_is_one_line_with_what_to_type(here, arguments, code, words):
+    done = here("estimate", *arguments)
     assert done.returncode == code and words in done.stderr and "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "both"),
+    [
+        ("--max batch --price 2/h", ("--max", "--price")),
+        ("--max batch --fits", ("--max", "--fits")),
+        ("--fits --gpu t4", ("--fits", "--gpu")),
+        ("--sweep lora.r=8,16 --tokens 5", ("--sweep", "--tokens")),
+        ("--sweep lora.r=8 --sweep lora.r=16", ("--sweep", "twice")),
+        ("--plot x.png --json", ("--plot", "--json")),
+        ("--trace --sharding ddp:2", ("--trace", "--sharding")),
+        ("--calibrate --explain", ("--calibrate", "--explain")),
+        ("--memory 16GiB --price 2/h", ("--price", "--memory")),
+        ("--gpu t4 --sharding ddp:2 --tokens 5", ("--tokens", "--sharding")),
+        ("--gpu t4 --data --tokens 5", ("--data", "--tokens")),
+        ("--tokens 5", ("GPU", "--gpu")),
+        ("--sharding many --gpu t4 --max batch", ("--sharding", "fsdp2:8")),
+        ("--sharding many --fits", ("--sharding", "fsdp2:8")),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_an_error(here, run_file, arguments, both):
+    done = here("estimate", run_file, *arguments.split())
+    assert done.returncode == 2 and done.stdout == "" and all(one in done.stderr for one in both)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "preset=lora",
+        "method=sft",
+        "extends=qlora-7b",
+        "lora=null",
+        "quantization.bits=8",
+        "training.activation_checkpointing=true",
+    ],
+)
+def test_the_table_refuses_what_it_varies(here, override):
+    done = here("estimate", "--model", "mistral-7b", "--set", override)
+    assert done.returncode == 2 and "the table of methods varies it" in done.stderr
+
+
+def test_settings_of_adapters_leave_the_full_row_full(here):
+    typed = ["estimate", "--model", "mistral-7b", "--json"]
+    bare, ranks, codes = (
+        [row["allocated_bytes"] for row in here(*typed, *more).json()]
+        for more in ((), ("--set", "lora.r=64"), ("--set", "quantization.bnb_4bit_use_double_quant=false"))
+    )
+    assert ranks[:2] == bare[:2] and all(more > less for more, less in zip(ranks[2:], bare[2:], strict=True))
+    assert codes[:4] == bare[:4] and all(more > less for more, less in zip(codes[4:], bare[4:], strict=True))
+
+
+def test_every_question_is_about_one_rank_if_the_run_is_spread(here, run_file):
+    spread = ("--sharding", "fsdp2:8", "--json")
+    alone = here("estimate", run_file, *spread).json()
+    assert alone["time"] is None
+    fits = here("estimate", run_file, "--fits", *spread).json()
+    rows = here("estimate", run_file, "--sweep", "data.max_length=2048", *spread).json()
+    assert fits[0]["allocated_bytes"] == rows[0]["allocated_bytes"] == alone["allocated_bytes"]
+    most = [here("estimate", run_file, "--memory", "24GiB", "--max", "batch", *more).json()["value"] for more in (
+        ("--json",), spread,
+    )]  # fmt: skip
+    assert most[0] < most[1]
+    tight = here("estimate", run_file, "--memory", "8GiB", *spread).json()
+    for advice in tight["advice"]:
+        options = [part for text in advice["set"] for part in ("--set", text)]
+        again = here("estimate", run_file, "--memory", "8GiB", *options, *spread).json()
+        assert again["device"]["needed_bytes"] == advice["needed_bytes"]
+    assert "no time" in here("estimate", run_file, "--gpu", "a100", *spread[:2]).stdout
+
+
+def test_rows_that_are_not_there_yet_are_no_obstacle(here, tmp_path):
+    file = tmp_path / "run.yaml"
+    there = RUN_FILE.replace("forge:quickstart/train", "data/train.jsonl")
+    file.write_text(there)
+    done = here("estimate", file, "--json")
+    assert done.returncode == 0 and done.stderr.count("data.train is not there yet") == 1
+    assert done.json()["digest"] is None
+    refused = here("estimate", file, "--gpu", "a100", "--data")
+    assert refused.returncode == 2 and "no such file" in refused.stderr
+    file.write_text(there + "training: {learning_rat: 1}\n")
+    refused = here("estimate", file)
+    assert refused.returncode == 2 and "learning_rate" in refused.stderr
+
+
+def test_the_default_length_is_one_that_the_model_knows(here, tmp_path):
+    assert len(here("estimate", "--model", "gpt2", "--json").json()) == 6
+    assert "4 x 512 tokens" in here("estimate", "--model", "forge-tiny").stdout
+    picture = tmp_path / "memory.png"
+    assert here("estimate", "--model", "gpt2", "--plot", picture).returncode == 0 and picture.is_file()
+
+
+@pytest.mark.parametrize("gpu", ["t4", "v100"])
+def test_a_gpu_that_cannot_compute_the_run_is_refused(here, run_file, gpu):
+    for override, words in [
+        ("training.precision=bf16", "training.precision: fp16 or auto"),
+        ("model.attn_implementation=flash_attention_2", "Ampere"),
+    ]:
+        done = here("estimate", run_file, "--gpu", gpu, "--set", override)
+        assert done.returncode == 2 and words in done.stderr
+        verdicts = {
+            one["gpu"]: one["verdict"]
+            for one in here("estimate", run_file, "--fits", "--set", override, "--json").json()
+        }
+        assert verdicts["t4"].startswith("no ") and verdicts["h100-sxm"] == "fits"
+
+
+def test_values_with_brackets_are_one_value(here, run_file):
+    rows = here("estimate", run_file, "--sweep", "lora.target_modules=[q_proj,v_proj],[q_proj]", "--json").json()
+    assert [row["lora.target_modules"] for row in rows] == ["[q_proj,v_proj]", "[q_proj]"]
+    assert rows[0]["allocated_bytes"] > rows[1]["allocated_bytes"]
+
+
+def test_explanations_are_about_the_instant_of_the_peak(here, run_file):
+    evaluation = ("--set", "data.eval_fraction=0.1", "--set", "evaluation.per_device_eval_batch_size=64")
+    found = here("estimate", run_file, *evaluation, "--json").json()
+    assert found["peak"] == "evaluation"
+    cause = found["formulas"]["activations"]
+    assert "per_device_eval_batch_size" in cause["settings"] and f"{64 * 2048} tokens" in cause["formula"]
+
+
+def test_layers_in_8_bit_keep_their_inputs(here):
+    override = ("--set", "quantization.bits=8")
+    found = here("estimate", "--model", "mistral-7b", "--explain", *override, "--json").json()["formulas"]
+    assert "8 bit keep their inputs" in found["activations"]["formula"] and "1.001 bytes" in found["weights"]["formula"]
+
+
+def test_a_duration_says_what_it_takes_for_granted(here, run_file):
+    typed = ("estimate", run_file, "--gpu", "a100", "--tokens", "1000000")
+    assert "assuming every sequence is full" in here(*typed).stdout
+    assert "assuming every sequence is full" in here(*typed, "--json").json()["time"]["assumed"][-1]
+    assert "assuming" not in here(*typed, "--set", "data.packing=true").stdout
+
+
+def test_experts_are_said_to_stay_as_they_are(here):
+    assert "bitsandbytes packs 3 % of this model's weights" in here("estimate", "--model", "mixtral-8x7b").stdout
 
 
 @pytest.fixture()
@@ -182,3 +348,5 @@ def test_calibration_takes_two_constants_from_reports(run_file, tmp_path):
     with_it = ask(run_file, "--gpu", "4090", FORGE_CACHE=str(tmp_path / "cache"))
     assert with_it["device"]["reserved_bytes"] == round(1.1 * with_it["allocated_bytes"])
     assert with_it["device"]["needed_bytes"] == with_it["device"]["reserved_bytes"] + GIB // 2
+    fits = {one["gpu"]: one for one in ask(run_file, "--fits", FORGE_CACHE=str(tmp_path / "cache"))}
+    assert fits["rtx-4090"]["needed_bytes"] == with_it["device"]["needed_bytes"]
