@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -186,3 +187,20 @@ def test_what_cannot_be_traced_is_refused():
     unknown = {"model": {"name": "nobody/unknown"}, "data": {"train": "forge:quickstart/train"}}
     with pytest.raises(ModelError, match="is not known"):
         trace_plan(resolve_mapping(unknown))
+
+
+def test_replay_and_trace_agree():
+    """Part of the matrix of ``tests/benchmarks/estimate_trace.py``: real widths, both methods of a GPU's formats."""
+    file = Path(__file__).parents[1] / "benchmarks" / "estimate_trace.py"
+    spec = importlib.util.spec_from_file_location("estimate_trace", file)
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    wanted = ("full ckpt 4096 tied 2", "lora plain 512 untied 3", "qlora ckpt 4096 untied 2")
+    cells = [
+        cell
+        for family in ("llama", "gemma2")
+        for cell in matrix.list_cells([family])
+        if any(part in cell[0] for part in wanted)
+    ]
+    errors = matrix.compare(cells)
+    assert len(errors) == 8 and max(map(abs, errors)) < 0.01
