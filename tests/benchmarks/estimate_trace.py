@@ -50,7 +50,9 @@ def make_facts(family: str, num_layers: int, tied: bool) -> ModelFacts:
         sliding_window=1024 if family in WINDOWS else None,
     )
     if family in EXPERTS:
-        facts = facts._replace(num_local_experts=8, num_experts_per_tok=2, moe_intermediate_size=1408)
+        facts = facts._replace(num_local_experts=8, num_experts_per_tok=2)
+    if family == "qwen3_moe":  # the others have experts as wide as intermediate_size
+        facts = facts._replace(moe_intermediate_size=1408)
     return facts._replace(num_parameters=count_parameters(facts))
 
 
