@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from forge_cli.facts.shape import ModelFacts
+from forge_cli.facts.weights import is_named
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Adapters:
 
     def reach(self, module: str) -> bool:
         """Whether a linear layer has an adapter, by its dotted name in the model."""
-        return any(module == name or module.endswith(f".{name}") for name in self.targets)
+        return is_named(module, self.targets)
 
 
 @dataclass(frozen=True)

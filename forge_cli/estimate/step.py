@@ -237,8 +237,3 @@ def replay_evaluation(setting: Setting) -> dict[str, int]:
 def _quiet(setting: Setting) -> Adapters | None:
     """Adapters without dropout, as in evaluation."""
     return replace(setting.adapters, dropout=0.0) if setting.adapters else None
-
-
-def with_layers(setting: Setting, num_layers: int) -> Setting:
-    """Returns the same setting with another number of decoder layers."""
-    return replace(setting, facts=setting.facts._replace(num_hidden_layers=num_layers))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from forge_cli.facts.shape import ModelFacts
+from forge_cli.facts.weights import is_named
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Work:
         """Whether a linear layer has an adapter, by its dotted name in the decoder layer."""
         if self.lora_rank is None or self.lora_targets is None:
             return self.lora_rank is not None
-        return any(path == name or path.endswith(f".{name}") for name in self.lora_targets)
+        return is_named(path, self.lora_targets)
 
 
 @dataclass(frozen=True)

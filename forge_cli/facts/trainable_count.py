@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from forge_cli.facts.families import find_family
 from forge_cli.facts.parameter_count import list_linear_paths
 from forge_cli.facts.shape import ModelFacts
-from forge_cli.facts.weights import iterate_weights, layer_prefix, list_outer_weights
+from forge_cli.facts.weights import is_named, iterate_weights, layer_prefix, list_outer_weights
 
 if TYPE_CHECKING:
     from forge_cli.schema.adapter import FreezeSection, LoraSection
@@ -134,7 +134,7 @@ def _list_adapters(facts: ModelFacts, lora: LoraSection, num_frozen: int) -> Ite
             if lora.use_dora:  # one number per word for the head, per column for the embeddings
                 magnitude = vocabulary if weight.kind == "head" else hidden
                 yield None, f"{weight.module}.lora_magnitude_vector.default", magnitude
-        if _matches(weight.module, lora.modules_to_save):
+        if is_named(weight.module, lora.modules_to_save):
             yield None, f"{weight.module}.modules_to_save.default", weight.size
 
 
@@ -144,12 +144,7 @@ def _split_adapter(name: str, inputs: int, outputs: int, lora: LoraSection) -> l
 
 
 def _is_target(module: str, lora: LoraSection) -> bool:
-    return lora.target_modules == "all-linear" or _matches(module, lora.target_modules)
-
-
-def _matches(module: str, names: list[str]) -> bool:
-    """Whether PEFT would take a module for one of the names: the whole of it or its end."""
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return lora.target_modules == "all-linear" or is_named(module, lora.target_modules)
 
 
 def _is_frozen(facts: ModelFacts, module: str, freeze: FreezeSection | None, whole: list[str]) -> bool:

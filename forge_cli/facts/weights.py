@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from forge_cli.facts.families import Family, find_family
@@ -97,6 +97,11 @@ def iterate_weights(facts: ModelFacts, *, score_head: bool = False) -> Iterator[
         prefix = layer_prefix(facts, index)
         for weight in layer:
             yield index, weight._replace(module=f"{prefix}.{weight.module}")
+
+
+def is_named(module: str, names: Collection[str]) -> bool:
+    """Whether PEFT takes a module, by its dotted name, for one of the names: the whole of it or its end."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
 
 
 def attention_widths(facts: ModelFacts) -> tuple[int, int]:

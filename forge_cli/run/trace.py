@@ -44,11 +44,6 @@ class Trace:
         """The highest of all phases."""
         return max(self.phases.values())
 
-    @property
-    def peak_phase(self) -> str:
-        """The phase with the highest peak."""
-        return max(self.phases, key=self.phases.__getitem__)
-
 
 def trace_plan(
     plan: Plan, device: str = "cuda", *, masked: bool | None = None, layers: tuple[int, int] = (2, 3)
