@@ -9,7 +9,10 @@
     ├── MachineError       5   hardware, versions, disk, folders
     ├── DivergedError     10   a non-finite loss or gradient
     ├── MemoryExceeded    11   out of memory, not recoverable
-    └── Interrupted      130   stopped by the user
+    ├── NoProgress        12   no step for far too long
+    ├── CheckpointError   13   no checkpoint to go on from, or none can be written
+    ├── WorkerDied        14   another process of the run ended
+    └── Stopped        128+n   stopped by signal n: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1
 
 Every failure that Forge foresees is one of these; it says what is wrong, where, why it matters and
 what to type instead. ``forge_cli.cli.app.main`` is the only place that turns them into an exit code.
@@ -105,7 +108,35 @@ class MemoryExceeded(ForgeError):
     exit_code = 11
 
 
-class Interrupted(ForgeError):
-    """The user stopped the run (Ctrl-C)."""
+class NoProgress(ForgeError):
+    """No optimizer step, evaluation or save was finished for far longer than they take."""
 
-    exit_code = 130
+    exit_code = 12
+
+
+class CheckpointError(ForgeError):
+    """There is no checkpoint that a run can go on from, or none can be written."""
+
+    exit_code = 13
+
+
+class WorkerDied(ForgeError):
+    """Another process of the run ended, so this one cannot go on."""
+
+    exit_code = 14
+
+
+class Stopped(ForgeError):
+    """A signal stopped the run; the exit code is 128 plus its number.
+
+    Args:
+        signal_number: The signal.
+        what: What happened to the run.
+        exit_code: Exit code to use instead (``--preempt-exit-code``).
+        **parts: ``where``, ``why`` and ``fix``, as for every error.
+    """
+
+    def __init__(self, signal_number: int, what: str, *, exit_code: int | None = None, **parts: str) -> None:
+        super().__init__(what, **parts)
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number if exit_code is None else exit_code

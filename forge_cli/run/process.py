@@ -7,11 +7,12 @@ import gc
 import importlib.util
 import logging
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from forge_cli.errors import ForgeError, Interrupted, MachineError, MemoryExceeded
+from forge_cli.errors import ForgeError, MachineError, MemoryExceeded, Stopped
 from forge_cli.schema.runspec import RunSpec
 
 
@@ -95,8 +96,8 @@ def translated_errors(log: Path) -> Iterator[None]:
         _write_traceback(log)
         raise
     except KeyboardInterrupt:
-        raise Interrupted(
-            "stopped by Ctrl-C; what is in the run folder is whole", where=str(log.parent.parent)
+        raise Stopped(
+            signal.SIGINT, "stopped by Ctrl-C; what is in the run folder is whole", where=str(log.parent.parent)
         ) from None
     except Exception as error:
         _write_traceback(log)

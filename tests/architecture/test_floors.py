@@ -13,6 +13,8 @@ PACKAGE = Path(forge_cli.paths.__file__).parent
 # From the ground up; rooms that share a floor do not import each other.
 FLOORS = [
     {"errors", "units", "paths", "version"},
+    {"faults"},
+    {"checkpoints"},
     {"schema"},
     {"facts"},
     {"resolve"},
@@ -26,7 +28,20 @@ FLOORS = [
     {"__main__"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
-TORCH_FREE = {"errors", "units", "paths", "version", "schema", "facts", "resolve", "estimate", "cli", "__main__"}
+TORCH_FREE = {
+    "errors",
+    "units",
+    "paths",
+    "version",
+    "faults",
+    "checkpoints",
+    "schema",
+    "facts",
+    "resolve",
+    "estimate",
+    "cli",
+    "__main__",
+}
 HEAVY = {"torch", "transformers", "datasets", "peft", "trl", "accelerate", "bitsandbytes", "numpy", "safetensors"}
 # Imported when a command needs them, not to show a list.
 SLOW_TO_START = {"yaml", "pydantic", "rich", "importlib.metadata"}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from forge_cli.backend import sft
 from forge_cli.backend.sft import EMA_PREFIX, ForgeSFTTrainer
-from forge_cli.errors import ConfigError, DataError, DivergedError, Interrupted, MachineError, ModelError
+from forge_cli.errors import ConfigError, DataError, DivergedError, MachineError, ModelError, Stopped
 from forge_cli.parts.layers import find_decoder_layers
 from forge_cli.resolve.plan import resolve_mapping, resolve_plan
 from forge_cli.run.execute import train, train_plan
@@ -245,7 +245,7 @@ def test_ctrl_c_ends_with_130_and_a_whole_folder(tiny_settings, monkeypatch):
 
     monkeypatch.setattr(ForgeSFTTrainer, "training_step", interrupt)
     settings = tiny_settings(lora=LORA, name="stopped")
-    with pytest.raises(Interrupted) as error:
+    with pytest.raises(Stopped) as error:
         run(settings)
     assert error.value.exit_code == 130
     assert not list((Path(settings["output_dir"]) / "stopped").rglob("*.partial"))
