@@ -25,7 +25,7 @@ ERRORS = {"full": errno.ENOSPC, "readonly": errno.EROFS, "ioerror": errno.EIO}
 LEFT_TO_CALLER = ("nan", "inf", "oom", "spike")
 ACTIONS = (*SIGNALS, *ERRORS, *LEFT_TO_CALLER, "abort", "hang", "pause", "exit")
 _HANG_SECONDS = 3600.0
-_FORM = re.compile(r"(?P<action>[a-z0-9]+)(\*(?P<times>\d+))?@(?P<place>[a-z_.:-]+?)(:(?P<step>\d+))?")
+_FORM = re.compile(r"(?P<action>[a-z0-9]+)(\*(?P<times>\d+))?@(?P<place>[a-z0-9_.:-]+?)(:(?P<step>\d+))?")
 
 
 @dataclass

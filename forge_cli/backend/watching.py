@@ -8,9 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from forge_cli.backend.keeping import KeptTrainer
 from forge_cli.errors import MachineError
 from forge_cli.parts.ema import EMACallback
+from forge_cli.parts.keeper import Stateful
 from forge_cli.parts.monitor import MonitorCallback
+from forge_cli.parts.state import kept_random_state
 
 EMA_PREFIX = "eval_ema"
 # Means of a batch: (value [], how much it is a mean of []).
@@ -45,7 +48,7 @@ def _count_tokens(example: dict) -> int:
     return sum(len(example["prompt_ids"]) + len(answer) for answer in answers)
 
 
-class WatchedTrainer(Trainer):
+class WatchedTrainer(KeptTrainer):
     """The part of Forge's trainers that stands before one of TRL's in the order of calls.
 
     A subclass and not a callback, because no event carries a micro step's loss or the gradients before clipping, and
@@ -60,6 +63,7 @@ class WatchedTrainer(Trainer):
                     why="gradient norms would be measured after clipping",
                     fix='pip install "transformers>=5.19,<6"',
                 )
+        self.check_methods()
         super().__init__(*args, **kwargs)
         self.monitor = monitor
         self.ema = ema
@@ -115,15 +119,28 @@ class WatchedTrainer(Trainer):
         return ((values * weights).sum(dim=0) / weights.sum(dim=0)).sum().item()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Evaluates the raw weights, then the averaged ones under ``eval_ema``; the raw ones come back always."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        """Evaluates the raw weights, then the averaged ones under ``eval_ema``; the raw ones come back always.
+
+        Random numbers go on as if there had been no evaluation, so that a run can be resumed without repeating it.
+        """
         average = self.ema.average if self.ema else None
-        if average is not None and not average.is_applied and metric_key_prefix == "eval":
-            with average.applied():
-                metrics |= super().evaluate(eval_dataset, ignore_keys, EMA_PREFIX)
+        with kept_random_state():
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            if average is not None and not average.is_applied and metric_key_prefix == "eval":
+                with average.applied():
+                    metrics |= super().evaluate(eval_dataset, ignore_keys, EMA_PREFIX)
         self.monitor.record_evaluation(self.state.global_step, metrics)
         self.latest_evaluation = (self.state.global_step, metrics)
         return metrics
+
+    def list_parts(self) -> dict[str, Stateful]:
+        """Lists what goes into a checkpoint beside weights and optimizer."""
+        return {"monitor": self.monitor, **({"ema": self.ema} if self.ema else {})}
+
+    def latest_eval_loss(self) -> float | None:
+        """Returns the held-out loss of the present step's weights, if it is known."""
+        step, metrics = self.latest_evaluation
+        return metrics.get("eval_loss") if step == self.state.global_step else None
 
     def evaluate_now(self) -> dict[str, float]:
         """Evaluates the present weights, unless that was the last thing done; nothing without evaluation rows."""

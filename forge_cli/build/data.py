@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
 
 from forge_cli.data.judging import refuse_losses
 from forge_cli.data.packing import pack_lengths
-from forge_cli.data.prepare import Say, TokenSet, prepare_tokens
+from forge_cli.data.prepare import Say, TokenSet, fingerprint_data, identify_data, prepare_tokens
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport
 from forge_cli.data.row_tokens import Limits, Question, RowTokenizer
 from forge_cli.data.scan import Place, Scan, find_place, read_again, scan_rows
@@ -37,6 +37,8 @@ class PreparedData:
         questions: Evaluation rows that are evaluated uncut, as prompts and wanted answers.
         report: What became of every row.
         places: Source files of the training rows, and the number before the first row of each.
+        identity: What decides which tokens come out, each with its digest: source files by their setting and name
+            (``data.train train.jsonl``), settings, tokenizer, template and versions.
     """
 
     train: Dataset | IterableDataset
@@ -44,6 +46,12 @@ class PreparedData:
     questions: tuple[Question, ...]
     report: DataReport
     places: Sequence[Place] = ()
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """One digest of ``identity``; a run goes on with the same rows if it is the same."""
+        return fingerprint_data(self.identity)
 
     @property
     def reports(self) -> tuple[SplitReport, ...]:
@@ -68,7 +76,8 @@ def prepare_data(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> Prep
     if spec.data.packing:
         train = pack_data(train, spec.data.max_length)
     most = spec.report.samples if spec.report and not spec.report.exact_match else None
-    return PreparedData(train, held_back, tokens.load_questions(most), tokens.report, tokens.places["train"])
+    places, questions = tokens.places["train"], tokens.load_questions(most)
+    return PreparedData(train, held_back, questions, tokens.report, places, tokens.identity)
 
 
 def _load(tokens: TokenSet, name: str) -> Dataset | None:
@@ -100,6 +109,7 @@ def pack_data(dataset: Dataset, max_length: int) -> Dataset:
 def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
     """Tokenises training rows as they are trained; evaluation rows, which are seen often, before."""
     data = spec.data
+    identity = identify_data(spec, tokenizer)
     scan = scan_rows("train", list_sources(data.train), data, spec.method)
     say(
         f"streaming {sum(scan.counts)} rows ({scan.kind}), mixed within a buffer of {BUFFER_ROWS} rows or "
@@ -122,7 +132,7 @@ def _stream_data(spec: RunSpec, tokenizer, say: Say) -> PreparedData:
         "seed": spec.seed,
     }
     stream = IterableDataset.from_generator(_generate_rows, gen_kwargs=rows)
-    return PreparedData(stream, held_back, questions, report, scan.places)
+    return PreparedData(stream, held_back, questions, report, scan.places, identity)
 
 
 def _generate_rows(

@@ -17,6 +17,8 @@ from forge_cli.version import __version__
 # `forge --help` pays for none of them.
 COMMANDS = {
     "train": ("forge_cli.cli.train", "Carry out a run file."),
+    "resume": ("forge_cli.cli.resume", "Go on with a run that was stopped."),
+    "verify": ("forge_cli.cli.verify", "Check a run's checkpoints to the last byte."),
     "estimate": ("forge_cli.cli.estimate", "Predict the GPU memory, time and cost of a run."),
     "data": ("forge_cli.cli.data", "Check and show the rows of a run file."),
     "config": ("forge_cli.cli.config", "Show, explain and check run files."),

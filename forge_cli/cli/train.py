@@ -9,6 +9,16 @@ from typing import Annotated
 
 import typer
 
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change", metavar="PATH", help="Resume though this setting changed; data stands for the rows."
+    ),
+]
+RequireLatest = Annotated[
+    bool, typer.Option("--require-latest", help="Resume from the latest checkpoint or not at all.")
+]
+
 
 def train(
     run_file: Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)],
@@ -17,6 +27,9 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan only: no weights, nothing written.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing run folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with this file's run that was stopped.")] = False,
+    allow_change: AllowChange = None,
+    require_latest: RequireLatest = False,
     force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -40,7 +53,32 @@ def train(
         return
     from forge_cli.run.execute import train as train_file
 
-    result = train_file(run_file, overrides or [], overwrite=overwrite, force=force, reporter=reporter)
+    how = read_resuming(resume, overwrite, allow_change, require_latest)
+    result = train_file(run_file, overrides or [], overwrite=overwrite, force=force, resume=how, reporter=reporter)
+    show_result(result, as_json)
+
+
+def read_resuming(resume: bool, overwrite: bool, allow_change: list[str] | None, require_latest: bool):
+    """Turns the options about resuming into what :mod:`forge_cli.run.execute` takes; ``None`` starts a run.
+
+    Raises:
+        ConfigError: Options contradict each other.
+    """
+    from forge_cli.errors import ConfigError
+    from forge_cli.run.execute import Resuming
+
+    if resume and overwrite:
+        raise ConfigError(
+            "--resume goes on with a run, and --overwrite deletes it", where="--resume", fix="leave one of them out"
+        )
+    if not resume and (allow_change or require_latest):
+        where = "--allow-change" if allow_change else "--require-latest"
+        raise ConfigError("this says how a run is resumed, and none is", where=where, fix="add --resume")
+    return Resuming(tuple(allow_change or ()), require_latest) if resume else None
+
+
+def show_result(result, as_json: bool) -> None:
+    """Prints what a run ended with."""
     if as_json:
         print(json.dumps(result.report, indent=1, ensure_ascii=False))
         return

@@ -39,11 +39,13 @@ class TokenSet:
             the answers; ``row`` and ``length``.
         report: What became of every row.
         places: Of each split, its source files, and the number before the first row of each.
+        identity: What decides which tokens come out, by name; the folder is called by its fingerprint.
     """
 
     folder: Path
     report: DataReport
     places: Mapping[str, Sequence[Place]]
+    identity: Mapping[str, str]
 
     @property
     def questions(self) -> tuple[Question, ...]:
@@ -72,17 +74,16 @@ def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> To
         MachineError: The disk is full.
     """
     began = time.perf_counter()
-    files = _list_files(spec)
-    prints = {(file.name, split): fingerprint_file(file, split) for file, split in files}
-    fingerprint = _fingerprint(spec, tokenizer, prints)
+    identity = identify_data(spec, tokenizer)
+    fingerprint = fingerprint_data(identity)
     folder, manifest, why = find_tokens(fingerprint)
     if why:
         say(f"tokens of an earlier run are made again: {why}")
     if folder is None:
-        size = sum(file.path.stat().st_size for file, _ in files if file.path)
+        size = sum(file.path.stat().st_size for _, file, _ in _list_files(spec) if file.path)
         with TokenFolder(fingerprint, size) as target:
             report, places = _make_tokens(spec, tokenizer, target, say, began)
-            _check_unchanged(spec, files, prints)
+            _check_unchanged(spec, identity)
             folder = target.commit({**report.as_dict(), "places": places})
     else:
         report = DataReport.from_dict({k: v for k, v in manifest["report"].items() if k != "places"})
@@ -93,16 +94,31 @@ def prepare_tokens(spec: RunSpec, tokenizer, say: Say = lambda text: None) -> To
         split: tuple(Place(base, DataFile(name, path and Path(path), kind)) for base, (name, path, kind) in files)
         for split, files in places.items()
     }
-    return TokenSet(folder, report, located)
+    return TokenSet(folder, report, located, identity)
 
 
-def _list_files(spec: RunSpec) -> list[tuple[DataFile, str]]:
-    sources = [*list_sources(spec.data.train), *list_sources(spec.data.eval)]
-    return [(file, source.split) for source in sources for file in find_files(source.path)]
+def _list_files(spec: RunSpec) -> list[tuple[str, DataFile, str]]:
+    sides = {"data.train": spec.data.train, "data.eval": spec.data.eval}
+    return [
+        (setting, file, source.split)
+        for setting, value in sides.items()
+        for source in list_sources(value)
+        for file in find_files(source.path)
+    ]
 
 
-def _fingerprint(spec: RunSpec, tokenizer, prints: dict) -> str:
-    """Computes a digest of all that decides which tokens come out."""
+def _digest_files(spec: RunSpec) -> dict[str, str]:
+    """Returns the digest of every source file, by the setting that names it and its name."""
+    digests: dict[str, str] = {}
+    for setting, file, split in _list_files(spec):
+        key = f"{setting} {file.name}" + (f" {split}" if file.path is None else "")
+        if key not in digests:
+            digests[key] = fingerprint_file(file, split)
+    return digests
+
+
+def identify_data(spec: RunSpec, tokenizer) -> dict[str, str]:
+    """Names all that decides which tokens come out, each with its version or digest, so that a change can be named."""
     import tokenizers
     import transformers
 
@@ -110,27 +126,31 @@ def _fingerprint(spec: RunSpec, tokenizer, prints: dict) -> str:
     sources = [
         [one.model_dump(mode="json") for one in list_sources(value)] for value in (spec.data.train, spec.data.eval)
     ]
-    known = {
-        "version": [VERSION, transformers.__version__, tokenizers.__version__],
-        "files": [[*key, value] for key, value in prints.items()],
-        "sources": sources,
-        "data": data,
-        "seed": spec.seed,
-        "method": spec.method,
-        "tokenizer": tokenizer.backend_tokenizer.to_str(),
-        "template": tokenizer.chat_template,
-        "special": {k: str(v) for k, v in tokenizer.special_tokens_map.items()},
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    return _digest_files(spec) | {
+        "settings": _digest([sources, data, spec.seed, spec.method]),
+        "tokenizer": _digest([tokenizer.backend_tokenizer.to_str(), special]),
+        "chat template": _digest(tokenizer.chat_template),
+        "rules": str(VERSION),
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
     }
-    return hashlib.blake2b(json.dumps(known, sort_keys=True).encode(), digest_size=20).hexdigest()
 
 
-def _check_unchanged(spec: RunSpec, files: list[tuple[DataFile, str]], prints: dict) -> None:
+def fingerprint_data(identity: Mapping[str, str]) -> str:
+    """Returns the one digest of what :func:`identify_data` names."""
+    return _digest([*identity.items()])
+
+
+def _digest(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=20).hexdigest()
+
+
+def _check_unchanged(spec: RunSpec, identity: Mapping[str, str]) -> None:
     """Refuses tokens of a file that somebody wrote to meanwhile, or that was not there before."""
-    if new := {*_list_files(spec)} - {*files}:
-        raise explain_change(min(new)[0].name)
-    for file, split in files:
-        if fingerprint_file(file, split) != prints[file.name, split]:
-            raise explain_change(file.name)
+    for key, digest in _digest_files(spec).items():
+        if identity.get(key) != digest:
+            raise explain_change(key.partition(" ")[2])
 
 
 def _make_tokens(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -107,12 +107,39 @@ class WeightAverage:
         finally:
             self.restore()
 
+    def state_dict(self) -> dict[str, object]:
+        """Returns the average and its counters."""
+        averages = dict(zip(self.names, self.averages, strict=True))
+        return {**self._settings(), "num_updates": self.num_updates, "averages": averages}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes up an average.
+
+        Raises:
+            ModelError: It is of other parameters or has another decay.
+        """
+        saved: Mapping[str, torch.Tensor] = state["averages"]
+        theirs = {key: state.get(key) for key in self._settings()}
+        shapes = {name: a.shape for name, a in zip(self.names, self.averages, strict=True)}
+        if theirs != self._settings() or {name: tensor.shape for name, tensor in saved.items()} != shapes:
+            raise ModelError(
+                "the saved average belongs to other settings or other parameters",
+                why=f"saved with {theirs}, running with {self._settings()}",
+                fix="resume with the settings of the checkpoint",
+            )
+        for name, average in zip(self.names, self.averages, strict=True):
+            average.copy_(saved[name])
+        self.num_updates = state["num_updates"]
+
+    def _settings(self) -> dict[str, object]:
+        return {"decay": self.decay, "decay_warmup": self.decay_warmup, "update_every": self.update_every}
+
     def save(self, folder: Path) -> None:
         """Writes the average and its counters; no pickle."""
-        state = {"decay": self.decay, "decay_warmup": self.decay_warmup, "update_every": self.update_every}
-        tensors = dict(zip(self.names, (a.cpu().contiguous() for a in self.averages), strict=True))
-        save_file(tensors, folder / EMA_FILE)
-        (folder / EMA_STATE_FILE).write_text(json.dumps({**state, "num_updates": self.num_updates}))
+        state = self.state_dict()
+        averages = state.pop("averages")
+        save_file({name: a.cpu().contiguous() for name, a in averages.items()}, folder / EMA_FILE)
+        (folder / EMA_STATE_FILE).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
         """Reads what ``save`` wrote.
@@ -128,20 +155,7 @@ class WeightAverage:
                 fix="resume from a checkpoint that was written with EMA on, or remove the ema section",
             )
         state = json.loads((folder / EMA_STATE_FILE).read_text())
-        tensors = load_file(folder / EMA_FILE)
-        mine = {"decay": self.decay, "decay_warmup": self.decay_warmup, "update_every": self.update_every}
-        theirs = {key: state[key] for key in mine}
-        shapes = {name: a.shape for name, a in zip(self.names, self.averages, strict=True)}
-        if theirs != mine or {name: tensor.shape for name, tensor in tensors.items()} != shapes:
-            raise ModelError(
-                "the saved average belongs to other settings or other parameters",
-                where=str(folder),
-                why=f"saved with {theirs}, running with {mine}",
-                fix="resume with the settings of the checkpoint",
-            )
-        for name, average in zip(self.names, self.averages, strict=True):
-            average.copy_(tensors[name])
-        self.num_updates = state["num_updates"]
+        self.load_state_dict({**state, "averages": load_file(folder / EMA_FILE)})
 
 
 class EMACallback(TrainerCallback):
@@ -175,6 +189,7 @@ class EMACallback(TrainerCallback):
                 fix="decay lies between 0 and 1, update_every is at least 1, update_after_step at least 0",
             )
         self.resume_from = resume_from
+        self._resumed_state: Mapping[str, object] | None = None
         self._loss_scale = 0.0
         self.decay = decay
         self.decay_warmup = decay_warmup
@@ -188,7 +203,10 @@ class EMACallback(TrainerCallback):
         self.average = WeightAverage(
             model, self.decay, decay_warmup=self.decay_warmup, update_every=self.update_every, device=self.device
         )
-        if state.global_step > 0:
+        if self._resumed_state is not None:
+            self.average.load_state_dict(self._resumed_state)
+            self._resumed_state = None
+        elif state.global_step > 0:
             own = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.average.load(Path(self.resume_from) if self.resume_from else own)
 
@@ -207,6 +225,14 @@ class EMACallback(TrainerCallback):
             torch._foreach_copy_(self.average.averages, [p.detach() for p in self.average.parameters])
         elif (step - self.update_after_step) % self.update_every == 0:
             self.average.update()
+
+    def state_dict(self) -> dict[str, object]:
+        """Returns the average and its counters."""
+        return self._average_of(None).state_dict()
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Keeps a state until training starts, which makes the average."""
+        self._resumed_state = state
 
     def on_save(self, args, state, control, **kwargs):
         """Writes the average into the checkpoint that was just made."""

@@ -6,6 +6,7 @@ whether the gradient is finite, which has to be answered before each optimizer s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import statistics
@@ -71,6 +72,7 @@ class MonitorCallback(TrainerCallback):
         self.alarms: list[Record] = []
         self.num_tokens = 0
         self.step_seconds = 0.0
+        self.rows_digest = ""
         self._groups: ParameterGroups | None = None
         self._recent_losses: deque[float] = deque(maxlen=spike_window)
         self._pending: list[dict] = []
@@ -111,7 +113,7 @@ class MonitorCallback(TrainerCallback):
         """Turns the NaN filter off (it shows NaN as 0) and notes which parameters are trained."""
         args.logging_nan_inf_filter = False
         self._groups = ParameterGroups(model)
-        self._pending, self._num_overflows = [], 0
+        self._pending = []
         self._clear_step()
         self._last_time = time.perf_counter()
 
@@ -135,6 +137,7 @@ class MonitorCallback(TrainerCallback):
         if lr_scheduler is not None:
             entry["learning_rate"] = lr_scheduler.get_last_lr()[0]
         self._pending.append(entry)
+        self.rows_digest = hashlib.sha256(f"{self.rows_digest}{self._step_rows}".encode()).hexdigest()
         self._clear_step()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -181,6 +184,25 @@ class MonitorCallback(TrainerCallback):
         self._write({"step": step, **losses, "eval_seconds": metrics.get("eval_runtime"), **pick_rewards(metrics)})
 
     # Reading and judging --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, object]:
+        """Returns what later steps are judged and counted by; everything measured is written first."""
+        self.flush()
+        names = ("num_tokens", "step_seconds", "_num_overflows", "rows_digest")
+        return {**{name: getattr(self, name) for name in names}, "_recent_losses": list(self._recent_losses)}
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes up a state."""
+        values = dict(state)
+        self._recent_losses.clear()
+        self._recent_losses.extend(values.pop("_recent_losses"))
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def take_up(self, records: Sequence[Record]) -> None:
+        """Takes the records of the steps that a resumed run has behind it."""
+        self.records = list(records)
+        self.alarms = [record for record in records if "alarm" in record]
 
     def flush(self) -> None:
         """Moves all pending measurements to the host in one transfer, judges and writes them."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
+from forge_cli import faults
 from forge_cli.errors import DivergedError
 from forge_cli.run.answers import find_end_tokens
 from forge_cli.run.folder import PARTIAL_SUFFIX, RunFolder
@@ -46,6 +47,7 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str, system_prompt: 
         model.save_pretrained(partial, **_save_options(model))
     finally:
         model.config.use_cache = use_cache
+    faults.reach(f"export:{name}")
     tokenizer.save_pretrained(partial)
     _save_asking(model, tokenizer, partial, system_prompt)
     for path in partial.rglob("*"):
@@ -54,6 +56,7 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str, system_prompt: 
                 os.fsync(file.fileno())
     if target.exists():
         shutil.rmtree(target)
+    faults.reach(f"export:{name}:rename")
     partial.rename(target)
     with contextlib.suppress(OSError):
         descriptor = os.open(folder.path, os.O_RDONLY)

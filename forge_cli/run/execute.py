@@ -7,26 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_cli.data.hub import hub_or_copies
-from forge_cli.errors import ModelError
-from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
-from forge_cli.resolve.rules_training import warn_about_ema
-from forge_cli.run.folder import RunFolder, create_run_folder
+from forge_cli.run.folder import PLAN_FILE, RunFolder, create_run_folder, find_run, open_run_folder, write_atomic
 from forge_cli.run.preflight import check_memory
 from forge_cli.run.process import check_packages, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
-from forge_cli.units import format_bytes, format_count
+from forge_cli.run.resume import ResumePoint, compare_data, compare_plans, find_resume_point
 
 if TYPE_CHECKING:
-    from forge_cli.build.compute import Compute
     from forge_cli.build.data import PreparedData
-    from forge_cli.parts.memory import MemoryCallback
-    from forge_cli.run.report import TrainingFigures
 
 
 @dataclass(frozen=True)
@@ -44,12 +38,26 @@ class RunResult:
     report: dict
 
 
+@dataclass(frozen=True)
+class Resuming:
+    """How a run may be resumed.
+
+    Attributes:
+        allowed_changes: Settings that may differ from the run's plan, and ``data`` for its rows.
+        require_latest: Do not fall back to an earlier checkpoint if the latest cannot be used.
+    """
+
+    allowed_changes: tuple[str, ...] = ()
+    require_latest: bool = False
+
+
 def train(
     run_file: str | Path,
     overrides: Sequence[str] = (),
     *,
     overwrite: bool = False,
     force: bool = False,
+    resume: Resuming | None = None,
     reporter: Reporter | None = None,
 ) -> RunResult:
     """Trains what a run file says: ``forge train`` for Python.
@@ -59,6 +67,7 @@ def train(
         overrides: ``path=value`` settings above it.
         overwrite: Delete an earlier run of the same name.
         force: Train even if the GPU is estimated to be too small.
+        resume: Go on with the run of this file that was stopped, and what may have changed since.
         reporter: Receives progress; plain lines on stderr by default.
 
     Returns:
@@ -75,7 +84,42 @@ def train(
     plan = resolve()
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     check_memory(plan, resolve, reporter.say, force=force)
+    if resume is not None:
+        return resume_plan(find_run(plan.spec.output_dir, plan.spec.name, run_file.stem), plan, resume, reporter)
     return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem)
+
+
+def resume_run(
+    run: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    how: Resuming | None = None,
+    force: bool = False,
+    reporter: Reporter | None = None,
+) -> RunResult:
+    """Goes on with a run that was stopped: ``forge resume`` for Python.
+
+    Args:
+        run: The run folder.
+        overrides: ``path=value`` settings above its plan.
+        how: What may have changed.
+        force: As for :func:`train`.
+        reporter: As for :func:`train`.
+
+    Raises:
+        ForgeError: Of any kind; its exit code tells which.
+    """
+    path = Path(run)
+    if not (path / PLAN_FILE).is_file():
+        open_run_folder(path)  # says what is missing
+
+    def resolve(more: Sequence[str] = ()) -> Plan:
+        return resolve_plan(path / PLAN_FILE, [*overrides, *more])
+
+    plan = resolve()
+    reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
+    check_memory(plan, resolve, reporter.say, force=force)
+    return resume_plan(path, plan, how or Resuming(), reporter)
 
 
 def train_plan(
@@ -87,39 +131,63 @@ def train_plan(
     check_packages(spec)
     note = prepare_process()
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
-    for line in (f"run folder {folder.path}, plan {plan.digest[:12]}", note):
+    reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
+    reporter.say(note)
+    return _carry_out(plan, folder, reporter, None)
+
+
+def resume_plan(path: Path, plan: Plan, how: Resuming, reporter: Reporter) -> RunResult:
+    """Goes on with a run under a resolved plan (see :func:`resume_run`)."""
+    check_packages(plan.spec)
+    note = prepare_process()
+    folder = open_run_folder(path)
+    try:
+        changes = compare_plans(resolve_plan(folder.plan, ()), plan, how.allowed_changes)
+        point = find_resume_point(folder, require_latest=how.require_latest)
+        if changes:
+            write_atomic(folder.plan, dump_plan(plan))
+    except BaseException:
+        folder.lock.release()
+        raise
+    reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
+    for line in (note, *point.notes, *(f"changed: {change}" for change in changes)):
         reporter.say(line)
+    return _carry_out(plan, folder, reporter, point, how)
+
+
+def _carry_out(
+    plan: Plan, folder: RunFolder, reporter: Reporter, point: ResumePoint | None, how: Resuming | None = None
+) -> RunResult:
+    spec = plan.spec
     try:
         with translated_errors(folder.log):
             reporter.say("loading torch and transformers ...")
             with library_logs(folder.log), hub_or_copies(spec, reporter.say):
-                return _train(plan, folder, reporter)
+                return _train(plan, folder, reporter, point, how or Resuming())
     finally:
         reporter.finish()
         folder.settle()
 
 
-def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
+def _train(plan: Plan, folder: RunFolder, reporter: Reporter, point: ResumePoint | None, how: Resuming) -> RunResult:
     """The run itself. Data comes first: what is wrong with it is said before any weight is read."""
     from forge_cli.build.adapter import prepare_trainable
     from forge_cli.build.compute import choose_compute
-    from forge_cli.build.data import prepare_data
     from forge_cli.build.model import check_lengths, describe_model, load_model
     from forge_cli.build.reference import release_reference
     from forge_cli.build.tokenizer import load_tokenizer
-    from forge_cli.data.report_text import render_report
     from forge_cli.parts.memory import MemoryCallback
     from forge_cli.run.answers import Examination
+    from forge_cli.run.describe import describe_trainable
     from forge_cli.run.report import Findings, write_report
+    from forge_cli.run.training import build_trainer, prove_sequences, run_training
 
     spec = plan.spec
     began, memory = time.perf_counter(), MemoryCallback()
     compute = choose_compute(spec)
     reporter.say(f"{compute.device_name}: {compute.reason}")
-
     tokenizer = load_tokenizer(spec)
-    data = prepare_data(spec, tokenizer, reporter.say)
-    reporter.say(render_report(data.report))
+    data = _prepare_rows(plan, folder, reporter, tokenizer, point, how)
     # A reward model scores answers and writes none.
     section = spec.report if spec.method != "reward" else None
     examination = Examination(section, data.questions, tokenizer, compute.autocast_dtype)
@@ -128,14 +196,14 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
     check_lengths(spec, model, tokenizer)
     reporter.say(describe_model(spec, compute, model))
     model, trainable = prepare_trainable(model, spec)
-    _describe_trainable(plan, trainable, reporter)
+    describe_trainable(plan, trainable, reporter)
 
     memory.mark("load")
     reporter.say(examination.announce("before"))
     before = examination.answer(model)
-    trainer, reference = _build_trainer(plan, folder, reporter, model, tokenizer, data, compute, memory)
-    _prove_sequences(plan, trainer, compute, reporter)
-    training = _run_training(plan, trainer, reporter)
+    trainer, reference = build_trainer(plan, folder, reporter, model, tokenizer, data, compute, memory)
+    prove_sequences(plan, trainer, compute, reporter)
+    training = run_training(plan, folder, trainer, reporter, point)
     release_reference(trainer)
 
     if trainer.ema:
@@ -157,132 +225,25 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter) -> RunResult:
         exact_match_before=examination.exact_match_ratio(before),
         exact_match_after=examination.exact_match_ratio(after),
     )
-    return RunResult(folder.path, weights, write_report(findings, folder))
+    report = write_report(findings, folder)
+    folder.note_facts(finished=True)
+    return RunResult(folder.path, weights, report)
 
 
-def _run_training(plan: Plan, trainer, reporter: Reporter) -> TrainingFigures:
-    """Trains, with an evaluation before and after; the peak of memory is the training's own."""
-    from forge_cli.run.report import TrainingFigures
+def _prepare_rows(
+    plan: Plan, folder: RunFolder, reporter: Reporter, tokenizer, point: ResumePoint | None, how: Resuming
+) -> PreparedData:
+    """Prepares the rows, and makes sure that a resumed run goes on with the same ones."""
+    from forge_cli.build.data import prepare_data
+    from forge_cli.data.report_text import render_report
 
-    memory = trainer.monitor.memory
-    loss_before = trainer.evaluate_now()
-    # The trainer's own arithmetic of epochs, batches and accumulation.
-    num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    if not plan.spec.training.max_steps:
-        for warning in warn_about_ema(plan.spec, num_steps):
-            reporter.say(f"note: {warning}")
-    reporter.start(num_steps)
-    trainer.add_callback(memory)
-    memory.mark("preparation")
-    began = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - began
-    loss_after = trainer.evaluate_now()
-    # More than a thousandth: less is what rounding does.
-    if loss_after and loss_after["eval_loss"] > 1.001 * loss_before["eval_loss"]:
-        worse = f"the held-out loss rose from {loss_before['eval_loss']:.4f} to {loss_after['eval_loss']:.4f}"
-        trainer.monitor.alarm(num_steps, "worse", worse)
-    reporter.finish()
-    return TrainingFigures(loss_before, loss_after, seconds, memory)
-
-
-def _build_trainer(
-    plan: Plan,
-    folder: RunFolder,
-    reporter: Reporter,
-    model,
-    tokenizer,
-    data: PreparedData,
-    compute: Compute,
-    memory: MemoryCallback,
-):
-    from forge_cli.backend import methods
-    from forge_cli.build import reference as references
-    from forge_cli.build.callbacks import build_ema, build_monitor
-
-    reference = references.prepare_reference(plan.spec, compute)
-    args = methods.build_training_args(
-        plan.spec,
-        output_dir=folder.checkpoints,
-        compute_dtype=compute.autocast_dtype,
-        device=compute.device,
-        has_eval=data.eval is not None,
-    )
-    trainer = methods.build_trainer(
-        plan.spec,
-        model=model,
-        tokenizer=tokenizer,
-        args=args,
-        train_dataset=data.train,
-        eval_dataset=data.eval,
-        monitor=build_monitor(plan.spec, folder.metrics, reporter.record, data.name_rows, memory),
-        ema=build_ema(plan.spec),
-        ref_model=reference.model if reference else None,
-    )
-    if reference is None:
-        return trainer, None
-    return trainer, references.install_reference(trainer, plan.spec, reference, compute, reporter.say)
-
-
-def _prove_sequences(plan: Plan, trainer, compute, reporter: Reporter) -> None:
-    """Asks the model whether rows that share a sequence see each other, where rows do share one.
-
-    Raises:
-        ModelError: They do.
-    """
-    import torch
-
-    from forge_cli.parts.sequence_test import TOLERANCE_16_BIT, TOLERANCE_FLOAT32, measure_leak
-
-    data = plan.spec.data
-    if not (data.packing or data.padding_free):
-        return
-    first = next(one for one in trainer.train_dataset)
-    ids, cuts = first["input_ids"], first.get("seq_lengths") or [len(first["input_ids"])]
-    rows = [ids[: cuts[0]], ids[cuts[0] :][: cuts[1]] if len(cuts) > 1 else ids]
-    leak = measure_leak(trainer.model, rows, trainer.data_collator, compute.autocast_dtype)
-    if leak > (TOLERANCE_FLOAT32 if compute.dtype is torch.float32 else TOLERANCE_16_BIT):
-        attention = trainer.model.config._attn_implementation
-        raise ModelError(
-            f"rows that share a sequence see each other with attention {attention}: log probabilities differ by "
-            f"{leak:.2g} nats from those of a row alone",
-            why="the model would learn to continue one row with another",
-            fix="write data.packing: false and data.padding_free: false, or another model.attn_implementation",
-        )
-    reporter.say(f"rows that share a sequence do not see each other (two rows compared, {leak:.1e} nats)")
-
-
-def _describe_trainable(plan: Plan, trainable, reporter: Reporter) -> None:
-    share = 100 * trainable.num_trainable_parameters / trainable.num_parameters
-    targets = f" in {', '.join(trainable.target_modules)}" if trainable.target_modules else ""
-    reporter.say(
-        f"trained: {format_count(trainable.num_trainable_parameters)} of "
-        f"{format_count(trainable.num_parameters)} parameters ({share:.2f} %){targets}"
-    )
-    freeze = trainable.freeze
-    if freeze is None:
-        return
-    reporter.say(freeze.layer_map())
-    if freeze.blocked_by:
-        reporter.say(
-            f"note: {freeze.blocked_by} is trained below the frozen layers, so they still need a backward pass"
-        )
-        return
-    ratio = freeze.compute_ratio(
-        trains_weights=plan.spec.lora is None, activation_checkpointing=plan.spec.training.activation_checkpointing
-    )
-    saved = _estimate_saved_bytes(plan)
-    memory = f", about {format_bytes(saved)} less memory at full length" if saved else ""
-    reporter.say(f"frozen layers run forward only: {100 * (1 - ratio):.0f} % less matmul work in the layers{memory}")
-
-
-def _estimate_saved_bytes(plan: Plan) -> int:
-    """Estimates what freezing saves at the peak of a step; 0 where the model's shape is not known."""
-    with_freeze = estimate_from_plan(plan)
-    spec = plan.spec.model_copy(update={"freeze": None})
-    derived = replace(plan.derived, num_frozen_layers=0)
-    without = estimate_from_plan(replace(plan, spec=spec, derived=derived))
-    return without.total_bytes - with_freeze.total_bytes if with_freeze and without else 0
+    data = prepare_data(plan.spec, tokenizer, reporter.say)
+    reporter.say(render_report(data.report))
+    if point:
+        for change in compare_data(folder.read_facts().get("data", {}), data.identity, how.allowed_changes):
+            reporter.say(f"changed: {change}")
+    folder.note_facts(data=data.identity)
+    return data
 
 
 def _save(model, tokenizer, folder: RunFolder, ema, system_prompt: str | None) -> Path:

@@ -1,0 +1,34 @@
+"""``forge resume``: go on with a run that was stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from forge_cli.cli.train import AllowChange, RequireLatest
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
+    ] = None,
+    allow_change: AllowChange = None,
+    require_latest: RequireLatest = False,
+    force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Go on with a run from its newest checkpoint that is whole."""
+    from forge_cli.cli.live import choose_reporter
+    from forge_cli.cli.train import read_resuming, show_result
+    from forge_cli.run.execute import resume_run
+
+    how = read_resuming(True, False, allow_change, require_latest)
+    reporter = choose_reporter(quiet, 10)
+    show_result(resume_run(run, overrides or [], how=how, force=force, reporter=reporter), as_json)
+
+
+FUNCTIONS = {"resume": resume}

@@ -1,0 +1,154 @@
+"""Saves checkpoints while training goes on: a copy is made at once, and written by a thread."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors.torch import load_file
+
+from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, verify
+from forge_cli.errors import CheckpointError
+from forge_cli.parts.state import copy_to_host, find_non_finite, flatten, list_bytes, unflatten
+
+STATE_FILE = "state.json"
+
+
+class Stateful(Protocol):
+    """Something whose state belongs to a checkpoint."""
+
+    def state_dict(self) -> dict[str, object]:
+        """Returns its state: nested plain data and tensors."""
+
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Takes up a state."""
+
+
+class Keeper:
+    """Writes the checkpoints of a run.
+
+    Args:
+        store: Where they go.
+        about: Further fields of the manifest: digests, versions.
+        say: Receives what a user should know.
+        in_background: Write while training goes on; needs room for a copy in host memory.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        about: Mapping[str, object],
+        say: Callable[[str], None] = lambda text: None,
+        *,
+        in_background: bool = True,
+    ) -> None:
+        self.store = store
+        self.about = dict(about)
+        self.say = say
+        self.in_background = in_background
+        self.latest: Checkpoint | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._has_proved = False
+
+    def save(
+        self,
+        step: int,
+        trees: Mapping[str, object],
+        texts: Mapping[str, object],
+        *,
+        eval_loss: float | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Saves a step.
+
+        Args:
+            step: Optimizer steps done.
+            trees: File name without suffix to nested tensors and plain data, each a safetensors file of its own; what
+                is no tensor goes to ``state.json``.
+            texts: File name to JSON.
+            eval_loss: Latest held-out loss.
+            wait: Come back when it is on the disk.
+
+        Raises:
+            CheckpointError: A tensor is not finite, or the first checkpoint cannot be read back.
+            OSError: The save before this one failed, or this one with ``wait``.
+        """
+        self.finish()
+        flat = {name: flatten(tree) for name, tree in trees.items()}
+        for name, (_, tensors) in flat.items():
+            if bad := find_non_finite(tensors):
+                raise CheckpointError(
+                    f"step {step}: {len(bad)} tensors of {name} are not finite, {bad[0]} first",
+                    why="a run that goes on from them learns nothing; earlier checkpoints are untouched",
+                    fix="lower training.learning_rate, or use training.precision: bf16 or fp32",
+                )
+        wait = wait or not self.in_background or not self._has_proved
+        copied = {name: tensors if wait else copy_to_host(tensors) for name, (_, tensors) in flat.items()}
+        content = {f"{name}.safetensors": list_bytes(tensors) for name, tensors in copied.items() if tensors}
+        skeletons = {name: skeleton for name, (skeleton, _) in flat.items()}
+        for name, value in {**texts, STATE_FILE: skeletons}.items():
+            content[name] = (json.dumps(value) + "\n").encode()
+        write = lambda: self.store.write(step, content, eval_loss=eval_loss, **self.about)  # noqa: E731
+        if wait:
+            self.latest = write()
+            self._prove(self.latest)
+        else:
+            self._thread = threading.Thread(target=self._run, args=(write,), name="forge-checkpoint")
+            self._thread.start()
+
+    def _run(self, write: Callable[[], Checkpoint]) -> None:
+        try:
+            self.latest = write()
+        except Exception as error:
+            self._error = error
+
+    def finish(self) -> None:
+        """Waits for the save in hand.
+
+        Raises:
+            OSError: It failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _prove(self, checkpoint: Checkpoint) -> None:
+        """Reads the first checkpoint back: what is wrong with the disk or the tensors is found in the first minute."""
+        if self._has_proved:
+            return
+        found = verify(checkpoint.path, self.store.run_id)
+        if not isinstance(found, Checkpoint):
+            raise CheckpointError(
+                f"the first checkpoint cannot be read back: {found.reason}",
+                where=str(found.path),
+                why="the disk does not give back what was written to it",
+                fix="set output_dir to another disk",
+            )
+        with contextlib.suppress(FileNotFoundError):
+            load_tree(checkpoint.path, "weights")
+        self._has_proved = True
+
+
+def load_text(folder: Path, name: str) -> object:
+    """Reads a JSON file of a verified checkpoint."""
+    return json.loads((folder / name).read_text(encoding="utf-8"))
+
+
+def load_tree(folder: Path, name: str, device: str | torch.device = "cpu") -> object:
+    """Reads nested tensors and plain data of a verified checkpoint.
+
+    Raises:
+        KeyError: The checkpoint has none of this name.
+    """
+    skeleton = load_text(folder, STATE_FILE)[name]
+    file = folder / f"{name}.safetensors"
+    return unflatten(skeleton, load_file(file, device=str(device)) if file.exists() else {})
