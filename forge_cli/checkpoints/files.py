@@ -106,7 +106,7 @@ def parse_manifest(text: bytes) -> Manifest:
         if values.get("format") != FORMAT:
             raise ManifestError(f"has format {values.get('format')!r}; this Forge reads format {FORMAT}")
         manifest = Manifest(**values)
-        if not isinstance(manifest.step, int) or manifest.digest != digest:
+        if not isinstance(manifest.step, int) or manifest.digest != digest or manifest.dump() != text:
             raise ManifestError("was changed after it was written")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         if isinstance(error, ManifestError):

@@ -34,13 +34,6 @@ FILES = (
     "trainer_state.json",
     "rng-0.json",
 )
-    "weights.safetensors",
-    "optimizer.safetensors",
-    "ema.safetensors",
-    "state.json",
-    "trainer_state.json",
-    "rng-0.json",
-)
 PLACES = (
     *(f"save:{name}{when}" for name in FILES for when in (":begin", "", ":end")),
     *("save:manifest", "save:rename", "save:renamed", "save:rotate", "save:trash"),
