@@ -67,6 +67,13 @@ class KeptTrainer(Trainer):
     """
 
     keeper: Keeper | None = None
+    probe: float | None = None
+
+    def train(self, *args, **kwargs):
+        """Trains; notes first how the model answers before anything of it is trained or loaded."""
+        if self.probe is None:
+            self.probe = self.measure_probe()
+        return super().train(*args, **kwargs)
 
     def check_methods(self) -> None:
         """Makes sure that the Trainer still calls what is overridden here.
@@ -122,7 +129,7 @@ class KeptTrainer(Trainer):
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-            "probe": self.measure_probe(),
+            "probe": self.probe,
             **{name: part.state_dict() for name, part in self.list_parts().items()},
         }
         texts = {TRAINER_STATE_NAME: self.describe_state(), f"rng-{self.args.process_index}.json": read_random_state()}
@@ -196,12 +203,14 @@ class KeptTrainer(Trainer):
             write_random_state(load_text(Path(checkpoint), f"rng-{self.args.process_index}.json"))
 
     def _check_probe(self, folder: Path) -> None:
-        """Compares the model's answer to fixed tokens with the one it gave when it was saved.
+        """Compares the untrained model's answer to fixed tokens with the one it gave when the run began.
+
+        What is trained is verified byte by byte; this finds another base model, format or attention.
 
         Raises:
             CheckpointError: They differ by more than rounding.
         """
-        was, now = load_tree(folder, "probe"), self.measure_probe()
+        was, now = load_tree(folder, "probe"), self.probe
         if abs(now - was) > 1e-3 * abs(was):
             raise self._refuse(folder, "model", f"fixed tokens give logits of size {now:.6g} instead of {was:.6g}")
         if now != was and self.keeper is not None:

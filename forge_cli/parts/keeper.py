@@ -81,20 +81,18 @@ class Keeper:
         """
         self.finish()
         flat = {name: flatten(tree) for name, tree in trees.items()}
-        for name, (_, tensors) in flat.items():
-            if bad := find_non_finite(tensors):
-                raise CheckpointError(
-                    f"step {step}: {len(bad)} tensors of {name} are not finite, {bad[0]} first",
-                    why="a run that goes on from them learns nothing; earlier checkpoints are untouched",
-                    fix="lower training.learning_rate, or use training.precision: bf16 or fp32",
-                )
         wait = wait or not self.in_background or not self._has_proved
         copied = {name: tensors if wait else copy_to_host(tensors) for name, (_, tensors) in flat.items()}
         content = {f"{name}.safetensors": list_bytes(tensors) for name, tensors in copied.items() if tensors}
         skeletons = {name: skeleton for name, (skeleton, _) in flat.items()}
         for name, value in {**texts, STATE_FILE: skeletons}.items():
             content[name] = (json.dumps(value) + "\n").encode()
-        write = lambda: self.store.write(step, content, eval_loss=eval_loss, **self.about)  # noqa: E731
+
+        def write() -> Checkpoint:
+            for name, tensors in copied.items():
+                _refuse_non_finite(step, name, tensors)
+            return self.store.write(step, content, eval_loss=eval_loss, **self.about)
+
         if wait:
             self.latest = write()
             self._prove(self.latest)
@@ -136,6 +134,15 @@ class Keeper:
         with contextlib.suppress(FileNotFoundError):
             load_tree(checkpoint.path, "weights")
         self._has_proved = True
+
+
+def _refuse_non_finite(step: int, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    if bad := find_non_finite(tensors):
+        raise CheckpointError(
+            f"step {step}: {len(bad)} tensors of {name} are not finite, {bad[0]} first",
+            why="a run that goes on from them learns nothing; earlier checkpoints are untouched",
+            fix="lower training.learning_rate, or use training.precision: bf16 or fp32",
+        )
 
 
 def load_text(folder: Path, name: str) -> object:
