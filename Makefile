@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin
 
-.PHONY: help quickstart test real tiny-base bench lint clean
+.PHONY: help quickstart test real tiny-base bench chaos lint clean
 
 help:
 	@echo "make quickstart  install into $(VENV), train the embedded model, show answers before and after"
 	@echo "make test        the whole test suite"
 	@echo "make real        train a real 135M model on real conversations, offline (under 10 minutes, 2 cores)"
 	@echo "make tiny-base   rebuild the embedded model from random weights"
+	@echo "make chaos       kills, signals, NaN, full disks, races, fuzzing: docs/reliability.md (two hours)"
 	@echo "make bench       start-up times, the cost of EMA and monitor, speed of reading rows"
 
 quickstart: $(VENV)/.installed
@@ -31,7 +32,11 @@ tiny-base: $(VENV)/.installed
 bench: $(VENV)/.installed-test
 	$(RUN)/python tests/benchmarks/start_up.py
 	$(RUN)/python tests/benchmarks/overhead.py
+	$(RUN)/python tests/benchmarks/save_stall.py
 	$(RUN)/python tests/benchmarks/data_scan.py --size-mb 100
+
+chaos: $(VENV)/.installed-test
+	$(RUN)/python tests/campaign/campaign.py --write
 
 lint: $(VENV)/.installed-test
 	$(RUN)/python -m pip install -q ruff && $(RUN)/ruff check . && $(RUN)/ruff format --check .

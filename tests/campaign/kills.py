@@ -88,11 +88,35 @@ def _random_kills(options, root: Path, environment: dict, straight: dict, second
     rows = []
     for kind, tally in tallies.items():
         c = tally.counts
-        rows.append([kind, c["runs"], c["in a save"], c["finished before"], c["before the first save"], c["resumed"],
-                     c["equal"], c["visible but corrupt"], tally.most_lost, tally.most_lost_in_a_save, len(tally.failures)])  # fmt: skip
+        rows.append(
+            [
+                kind,
+                c["runs"],
+                c["in a save"],
+                c["finished before"],
+                c["before the first save"],
+                c["resumed"],
+                c["equal"],
+                c["visible but corrupt"],
+                tally.most_lost,
+                tally.most_lost_in_a_save,
+                len(tally.failures),
+            ]
+        )
         print("\n".join(tally.failures[:5]))
-    header = ["trained", "kills", "inside a save", "came too late", "before the first save", "resumed", "bit-equal",
-              "visible but corrupt", "most steps lost", "killed while writing", "failures"]  # fmt: skip
+    header = [
+        "trained",
+        "kills",
+        "inside a save",
+        "came too late",
+        "before the first save",
+        "resumed",
+        "bit-equal",
+        "visible but corrupt",
+        "most steps lost",
+        "killed while writing",
+        "failures",
+    ]
     print_table(f"kill -9 at random moments (a checkpoint every {SAVE_STEPS} steps)", rows, header)
     return sum(len(tally.failures) for tally in tallies.values())
 
@@ -155,11 +179,33 @@ def _every_state(root: Path, environment: dict, straight: dict) -> int:
     rows = []
     for kind, tally in tally_of.items():
         c = tally.counts
-        rows.append([kind, c["runs"], c["finished before"], c["before the first save"], c["resumed"], c["equal"],
-                     c["visible but corrupt"], tally.most_lost, tally.most_lost_in_a_save, len(tally.failures)])  # fmt: skip
+        rows.append(
+            [
+                kind,
+                c["runs"],
+                c["finished before"],
+                c["before the first save"],
+                c["resumed"],
+                c["equal"],
+                c["visible but corrupt"],
+                tally.most_lost,
+                tally.most_lost_in_a_save,
+                len(tally.failures),
+            ]
+        )
         print("\n".join(tally.failures[:5]))
-    header = ["trained", "states", "not reached", "before the first save", "resumed", "bit-equal",
-              "visible but corrupt", "most steps lost", "killed while writing", "failures"]  # fmt: skip
+    header = [
+        "trained",
+        "states",
+        "not reached",
+        "before the first save",
+        "resumed",
+        "bit-equal",
+        "visible but corrupt",
+        "most steps lost",
+        "killed while writing",
+        "failures",
+    ]
     print_table("kill -9 at every boundary of a save and an export", rows, header)
     return sum(len(tally.failures) for tally in tally_of.values())
 
