@@ -10,6 +10,7 @@ a run that nobody disturbed.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -140,6 +141,12 @@ def _kill_once(folder: Path, kind: str, fault: str, after: float, environment: d
     label = f"{kind} {fault or f'after {after:.2f} s'}"
     if child.code != 137:
         tally.failures.append(f"{label}: exit {child.code}: {child.read_log()[-300:]}")
+        return
+    if (run / "run.json").exists() and "finished" in json.loads((run / "run.json").read_text()):
+        tally.counts["finished before"] += 1  # nothing was left to do but to end the process
+        if wrong := compare_runs(straight, run):
+            tally.failures.append(f"{label}: {wrong}")
+        shutil.rmtree(folder)
         return
     saving = bool(list((run / "checkpoints").glob(".tmp-*")))
     tally.counts["in a save"] += bool(fault) or saving

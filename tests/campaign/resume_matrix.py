@@ -21,6 +21,34 @@ from small_runs import compare_runs, print_table, rewind, write_run_file
 EPOCHS = 3
 EVAL_STEPS = 3
 PLACES = ("mid epoch", "epoch boundary", "second epoch", "after evaluation", "all steps done")
+# Resumed once, three quarters through: name to the kind of run and its changes.
+OTHERS: dict[str, tuple[str, dict]] = {
+    **{
+        name: ("full", {"training": {"optim": name}})
+        for name in (
+            "adamw_torch",
+            "adamw_bnb_8bit",
+            "paged_adamw_8bit",
+            "paged_adamw_32bit",
+            "lion_32bit",
+            "lion_8bit",
+            "adafactor",
+            "sgd",
+        )
+    },
+    "qlora": ("lora", {"quantization": {}, "training": {"optim": "paged_adamw_8bit"}}),
+    "streaming": ("lora", {"data": {"streaming": True}}),
+    "freeze": ("lora", {"freeze": {"first": "50%"}}),
+    "kto": (
+        "dpo",
+        {
+            "method": "kto",
+            "data": {"train": "forge:preference/rated"},
+            "training": {"per_device_train_batch_size": 2},
+        },
+    ),
+    **{method: ("dpo", {"method": method}) for method in ("orpo", "cpo", "reward")},
+}
 KINDS = ("full", "lora", "dpo", "grouped")  # grouped: LoRA, rows of similar length together
 
 
@@ -61,8 +89,24 @@ def main() -> int:
     )
     count = sum(len(row) - 3 for row in rows)
     print(f"\n{count - len(failures)} of {count} cells bit-equal")
+    wrong = {name: _resume_once(root / "others", name, *case, environment) for name, case in OTHERS.items()}
+    verdicts = [[name, "DIFFERENT" if what else "equal"] for name, what in wrong.items()]
+    print_table("Other optimizers, methods and settings, resumed at step 6 of 8", verdicts, ["run", "verdict"])
+    failures += [f"{name}: {what}" for name, what in wrong.items() if what]
+    print("\n".join(f"{name}: {what}" for name, what in wrong.items() if what))
     shutil.rmtree(root)
     return 1 if failures else 0
+
+
+def _resume_once(folder: Path, name: str, kind: str, changes: dict, environment: dict) -> list[str]:
+    path = write_run_file(folder, kind, name=name, **changes)
+    child = forkserver.run(["train", str(path)], folder / f"{name}.log", environment)
+    if child.code != 0:
+        return [child.read_log()[-400:]]
+    target = folder / "cells" / name
+    rewind(folder / "runs" / name, target, 6)
+    again = forkserver.run(["resume", str(target)], folder / f"{name}-resumed.log", environment)
+    return compare_runs(folder / "runs" / name, target) if again.code == 0 else [again.read_log()[-400:]]
 
 
 def _run_cells(
