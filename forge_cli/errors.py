@@ -42,8 +42,13 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
+        """Returns everything in one line."""
+        return "; ".join(part for part in (self.describe(), self.fix) if part)
+
+    def describe(self) -> str:
+        """Returns where, what and why, without the fix."""
         place = " ".join(part for part in (self.where, self.path) if part)
-        text = "; ".join(part for part in (self.what, self.why, self.fix) if part)
+        text = "; ".join(part for part in (self.what, self.why) if part)
         return f"{place}: {text}" if place else text
 
 
@@ -133,10 +138,14 @@ class Stopped(ForgeError):
         signal_number: The signal.
         what: What happened to the run.
         exit_code: Exit code to use instead (``--preempt-exit-code``).
+        at_once: The process is not to wait for anything.
         **parts: ``where``, ``why`` and ``fix``, as for every error.
     """
 
-    def __init__(self, signal_number: int, what: str, *, exit_code: int | None = None, **parts: str) -> None:
+    def __init__(
+        self, signal_number: int, what: str, *, exit_code: int | None = None, at_once: bool = False, **parts: str
+    ) -> None:
         super().__init__(what, **parts)
         self.signal_number = signal_number
+        self.at_once = at_once
         self.exit_code = 128 + signal_number if exit_code is None else exit_code

@@ -71,7 +71,7 @@ class KeptTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """Trains; notes first how the model answers before anything of it is trained or loaded."""
-        if self.probe is None:
+        if self.keeper is not None and self.probe is None:
             self.probe = self.measure_probe()
         return super().train(*args, **kwargs)
 
@@ -121,7 +121,7 @@ class KeptTrainer(Trainer):
         """Saves the present step, unless that was just done."""
         step = self.state.global_step
         keeper = self.keeper
-        if keeper is None or (keeper.latest is not None and keeper.latest.step == step):
+        if keeper is None or keeper.has_saved(step):
             return
         self.store_flos()
         trees = {

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from forge_cli.backend.keeping import KeptTrainer
+from forge_cli.backend.guarding import GuardedTrainer
+from forge_cli.backend.stopping import StoppableTrainer
 from forge_cli.errors import MachineError
 from forge_cli.parts.ema import EMACallback
 from forge_cli.parts.keeper import Stateful
@@ -48,7 +49,7 @@ def _count_tokens(example: dict) -> int:
     return sum(len(example["prompt_ids"]) + len(answer) for answer in answers)
 
 
-class WatchedTrainer(KeptTrainer):
+class WatchedTrainer(GuardedTrainer, StoppableTrainer):
     """The part of Forge's trainers that stands before one of TRL's in the order of calls.
 
     A subclass and not a callback, because no event carries a micro step's loss or the gradients before clipping, and
@@ -67,16 +68,24 @@ class WatchedTrainer(KeptTrainer):
         super().__init__(*args, **kwargs)
         self.monitor = monitor
         self.ema = ema
+        if ema is not None:
+            ema.was_skipped = lambda: monitor.is_skipped
         self.latest_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self.data_collator = RowCollator(self.data_collator, getattr(self, "reshape_rows", None))
         self._eval_means: list[WeightedMeans] = []
+        self._shown_loss = torch.zeros((), device=self.args.device)
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
         """Runs one micro step and hands its loss ``[]``, rows and token count to the monitor."""
         rows, real_tokens = inputs.pop("rows"), inputs.pop("real_tokens")
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        if real_tokens:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        else:  # the guard has left out all its rows
+            loss = torch.zeros((), device=self.args.device)
         self.monitor.record_micro_step(loss, rows, real_tokens)
-        return loss
+        # The Trainer adds losses up for its log, where one NaN would stay; the monitor has it, and this is its place.
+        self._shown_loss = torch.where(torch.isfinite(loss), loss, self._shown_loss)
+        return self._shown_loss
 
     def _clip_grad_norm(self, model) -> torch.Tensor:
         """Clips with the norms that the monitor needs anyway, measured before the clipping."""

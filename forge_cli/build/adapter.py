@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors import SafetensorError, safe_open
 from transformers import set_seed
 
+from forge_cli.build.model import refuse_non_finite
 from forge_cli.errors import ModelError
 from forge_cli.facts.layer_count import count_frozen_layers
 from forge_cli.parts.adapter_inputs import leave_inputs_to_autocast
@@ -176,6 +177,7 @@ def load_adapter(
             why="these would start at random",
             fix="use the base model and settings that it was trained with",
         )
+    refuse_non_finite(model, folder)
     return model
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from forge_cli.parts.ema import EMACallback
+from forge_cli.parts.guard import MOST_ROLLBACKS, MOST_SKIPS, Guard
 from forge_cli.parts.memory import MemoryCallback
 from forge_cli.parts.monitor import MonitorCallback
 from forge_cli.schema.runspec import RunSpec
@@ -31,12 +32,17 @@ def build_monitor(
     name_rows: Callable[[Sequence[int]], list[str]] | None = None,
     memory: MemoryCallback | None = None,
 ) -> MonitorCallback:
-    """Builds the monitor. Without the section it still records losses and stops before a non-finite update."""
+    """Builds the monitor. Without the section it still records losses and lets no non-finite update happen."""
     section = spec.monitor
     return MonitorCallback(
         check_gradients=section.gradients if section else False,
-        spike_ratio=section.spike_ratio if section else None,
-        spike_window=section.spike_window if section else 50,
+        guard=Guard(
+            section.on_spike if section else "warn",
+            section.spike_ratio if section else None,
+            section.spike_window if section else 50,
+            most_skips=MOST_SKIPS,
+            most_rollbacks=MOST_ROLLBACKS if spec.checkpoint else 0,
+        ),
         metrics_path=metrics_path,
         on_record=on_record,
         name_rows=name_rows,

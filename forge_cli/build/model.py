@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -12,12 +13,15 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import cached_file, is_flash_attn_2_available
 
+from forge_cli import faults
 from forge_cli.build.compute import Compute, dtype_name
 from forge_cli.data.hub import explain_loading
 from forge_cli.errors import MachineError, ModelError
+from forge_cli.facts.local_model import refuse_foreign_code
 from forge_cli.facts.model_facts import locate_model
+from forge_cli.facts.weight_files import read_json_object
 from forge_cli.schema.model import QuantizationSection
 from forge_cli.schema.runspec import RunSpec
 
@@ -32,6 +36,7 @@ def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
         MachineError: bitsandbytes is wanted and not installed, or the weights are not on this machine and the hub
             cannot be reached.
     """
+    faults.reach("load")
     place = locate_model(spec.model.name)
     options: dict[str, object] = {
         "revision": spec.model.revision,
@@ -48,13 +53,38 @@ def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
         kind, options["num_labels"] = AutoModelForSequenceClassification, 1
         set_seed(spec.seed)
     try:
+        config_file = Path(cached_file(place, "config.json", revision=spec.model.revision))
+        refuse_foreign_code(read_json_object(config_file), config_file)
         model = kind.from_pretrained(place, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise explain_loading(error, place, f"the model {spec.model.name}") from error
+    refuse_non_finite(model, place)
     model.config.use_cache = False
     if compute.device == "cpu":
         keep_4bit_exact(model)
     return model
+
+
+def refuse_non_finite(model: torch.nn.Module, place: str) -> None:
+    """Refuses weights that are not finite: every loss would be NaN.
+
+    One pass over the weights where they lie and one transfer; ``aminmax`` needs no memory, and NaN passes through it.
+    Quantised weights are integers: of these models only norms, embeddings and adapters are looked at.
+
+    Raises:
+        ModelError: Some are NaN or infinite; names the tensors.
+    """
+    tensors = [(name, one) for name, one in model.named_parameters() if one.is_floating_point() and one.numel()]
+    widths = [(high.float() - low.float()) for low, high in (torch.aminmax(one.detach()) for _, one in tensors)]
+    finite = torch.isfinite(torch.stack([one.to(widths[0].device) for one in widths])).tolist() if widths else []
+    bad = [name for (name, _), is_finite in zip(tensors, finite, strict=True) if not is_finite]
+    if bad:
+        raise ModelError(
+            f"{len(bad)} of {len(tensors)} weights hold NaN or infinity: {', '.join(bad[:5])}",
+            where=place,
+            why="every loss would be NaN",
+            fix="copy the model again; weights too large for float16 need model.dtype: bfloat16 or float32",
+        )
 
 
 def keep_4bit_exact(model: torch.nn.Module) -> None:

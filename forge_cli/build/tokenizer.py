@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_cli.data.hub import explain_loading
 from forge_cli.errors import ConfigError, ModelError
-from forge_cli.facts.model_facts import locate_model
+from forge_cli.facts.model_facts import find_model_facts, locate_model
+from forge_cli.redaction import printable
 from forge_cli.schema.runspec import RunSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MOST_TEMPLATE_BYTES = 64 * 1024
+TEMPLATE_SECONDS = 5.0
 
 
 def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
@@ -48,7 +51,63 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
     tokenizer.padding_side = "right"
     if spec.model.chat_template:
         tokenizer.chat_template = _read_template(Path(spec.model.chat_template).expanduser())
+    _compare_vocabulary(spec, tokenizer, place)
+    _prove_template(tokenizer, spec.model.chat_template or place)
     return tokenizer
+
+
+def _compare_vocabulary(spec: RunSpec, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Compares the tokenizer with the model's shape, so that no weight is read in vain."""
+    facts = find_model_facts(spec.model.name, spec.model.revision)
+    if facts is not None and spec.model.revision is None and len(tokenizer) > facts.vocab_size:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model {facts.vocab_size} embeddings",
+            where=place,
+            why="a token without an embedding ends the run in the middle",
+            fix="use the tokenizer that belongs to the model",
+        )
+
+
+def _prove_template(tokenizer: PreTrainedTokenizerBase, place: str) -> None:
+    """Renders one conversation: a template is a program of strangers, run in a sandbox that knows no time limit.
+
+    What it makes of real conversations is judged with the rows.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, str):
+        return
+    ended: list[BaseException | str] = []
+
+    def render() -> None:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            ended.append(tokenizer.apply_chat_template(turns, tokenize=False))
+        except BaseException as error:
+            ended.append(error)
+
+    reason = f"is over {MOST_TEMPLATE_BYTES // 1024} KiB" if len(template.encode()) > MOST_TEMPLATE_BYTES else ""
+    if not reason:
+        thread = threading.Thread(target=render, daemon=True)
+        thread.start()
+        thread.join(TEMPLATE_SECONDS)
+        reason = _find_abuse(ended[0]) if ended else f"takes over {TEMPLATE_SECONDS:g} s for two turns"
+    if reason:
+        raise ModelError(
+            f"the chat template {reason}",
+            where=place,
+            why="a template comes with the model and is not trusted",
+            fix="write a short one, and name it in model.chat_template",
+        )
+
+
+def _find_abuse(result: BaseException | str) -> str:
+    from jinja2.exceptions import SecurityError
+
+    if isinstance(result, str):
+        return f"writes {len(result)} characters for two turns" if len(result) > MOST_TEMPLATE_BYTES * 16 else ""
+    if isinstance(result, (SecurityError, OverflowError, RecursionError, MemoryError)):
+        return f"does what a template may not ({printable(str(result)) or type(result).__name__})"
+    return ""
 
 
 def _read_template(path: Path) -> str:

@@ -144,6 +144,12 @@ class HashedFile:
         return {"bytes": self.num_bytes, "sha256": self._digest.hexdigest()}
 
 
+def count_content(content: Content) -> int:
+    """Returns about how many bytes the files of a checkpoint take."""
+    sizes = (len(what) if isinstance(what, bytes) else sum(one.num_bytes for one in what) for what in content.values())
+    return sum(sizes)
+
+
 def write_content(folder: Path, content: Content, step: int) -> dict[str, dict[str, object]]:
     """Writes the files of a checkpoint into an empty folder; returns their entries in the manifest.
 

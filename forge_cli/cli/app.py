@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from forge_cli.cli.group import LazyGroup, build_command, build_group
-from forge_cli.errors import ForgeError
+from forge_cli.errors import ForgeError, Problem
 from forge_cli.version import __version__
 
 # Each module holds FUNCTIONS, from command name to function. It is imported when its command is called, so that
@@ -19,6 +19,7 @@ COMMANDS = {
     "train": ("forge_cli.cli.train", "Carry out a run file."),
     "resume": ("forge_cli.cli.resume", "Go on with a run that was stopped."),
     "verify": ("forge_cli.cli.verify", "Check a run's checkpoints to the last byte."),
+    "chaos": ("forge_cli.cli.chaos", "Try what a run survives: kills, signals, full disks, NaN."),
     "estimate": ("forge_cli.cli.estimate", "Predict the GPU memory, time and cost of a run."),
     "data": ("forge_cli.cli.data", "Check and show the rows of a run file."),
     "config": ("forge_cli.cli.config", "Show, explain and check run files."),
@@ -106,14 +107,18 @@ def run_app(arguments: list[str] | None = None) -> None:
 
 
 def _report_failure(error: Exception, debug: bool) -> int:
-    """Writes a failure to stderr and returns its exit code."""
+    """Writes a failure to stderr, without secrets and control characters, and returns its exit code."""
+    from forge_cli.redaction import printable_lines
+
     if debug:
         import traceback
 
-        traceback.print_exception(error)
+        print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, ForgeError):
         for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+            _print_problem(problem)
+        if getattr(error, "at_once", False):
+            os._exit(error.exit_code)  # a checkpoint that is being written would hold up the interpreter's end
         return error.exit_code
     if isinstance(error, UsageError):
         message = error.format_message()
@@ -121,15 +126,27 @@ def _report_failure(error: Exception, debug: bool) -> int:
         if type(error).__name__ == "NoArgsIsHelpError":  # a group without a command: the help is the answer
             print(message, file=sys.stderr)
             return 2
-        where = f"; type `{context.command_path} --help`" if context is not None else ""
-        print(f"error: {message.rstrip('.')}{where}", file=sys.stderr)
+        where, fix = (
+            (context.command_path, f"type `{context.command_path} --help`") if context is not None else ("", "")
+        )
+        _print_problem(Problem(where, "", " ".join(message.split()).rstrip("."), fix=fix))
         return 2
     if isinstance(error, typer.Abort):
         print("error: stopped by the user", file=sys.stderr)
         return _INTERRUPTED
     if isinstance(error, OSError) and error.errno in (28, 122):
-        print(f"error: output cannot be written: {error.strerror}", file=sys.stderr)
+        _print_problem(Problem("", "", f"output cannot be written: {error.strerror}", fix="free some space"))
         return 5
-    hint = "" if debug else "; run it again with --debug for the traceback, and report it"
-    print(f"internal error: {type(error).__name__}: {error}{hint}", file=sys.stderr)
+    print(printable_lines(f"internal error: {type(error).__name__}: {error}"), file=sys.stderr)
+    if not debug:
+        print("  fix: run it again with --debug for the traceback, and report it", file=sys.stderr)
     return 1
+
+
+def _print_problem(problem: Problem) -> None:
+    """Writes what is wrong and where in one line, and what to type instead in a second one."""
+    from forge_cli.redaction import printable_lines
+
+    print(printable_lines(f"error: {problem.describe()}"), file=sys.stderr)
+    if problem.fix:
+        print(printable_lines(f"  fix: {problem.fix}"), file=sys.stderr)

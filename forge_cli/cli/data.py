@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,7 @@ def parity(
 ) -> None:
     """Compare the training text of a run with what its saved chat template writes, byte by byte."""
     plan = run / "plan.yaml"
-    if not plan.is_file():
+    if not os.path.isfile(plan):  # false as well for a name that no file can have
         raise MachineError("this folder is not a run: it has no plan.yaml", where=str(run))
     with _prepared(plan) as (tokens, _, spec):
         from forge_cli.run.data_stage import compare_with_template

@@ -68,6 +68,9 @@ def estimate(
         | {"--tokens": tokens, "--data": data, "--trace": trace, "--calibrate": calibrate, "--explain": explain}
         | {"--json": json}
     )
+    from forge_cli.cli.plugin_search import skip_plugin_search
+
+    skip_plugin_search()
     from forge_cli.cli import estimate_tasks as tasks
 
     if calibrate:

@@ -13,6 +13,7 @@ from forge_cli.estimate.budget import Device
 from forge_cli.estimate.devices import check_device, choose_device
 from forge_cli.estimate.memory import MemoryEstimate, estimate_memory
 from forge_cli.estimate.plan_memory import setting_from_plan
+from forge_cli.estimate.setting import Setting
 from forge_cli.estimate.sharding import Sharding, read_sharding, shard
 from forge_cli.facts.model_facts import find_model_facts
 from forge_cli.resolve.plan import Plan, resolve_mapping, resolve_plan
@@ -77,7 +78,7 @@ class Question:
             )
             plan = self._resolve([*self._missing.values(), *more])
         # A plan with other rows is another plan.
-        return replace(plan, digest="") if self._missing else plan
+        return plan._replace(digest="") if self._missing else plan
 
     def _resolve(self, more: Sequence[str]) -> Plan:
         if self.run_file is not None:
@@ -98,7 +99,16 @@ class Question:
         return facts.max_position_embeddings if facts else None
 
     def estimate(self, plan: Plan) -> MemoryEstimate:
-        """Estimates a plan, on one rank if it is spread.
+        """Estimates a plan, on one rank if it is spread; see :meth:`read_setting`."""
+        return self.estimate_setting(self.read_setting(plan))
+
+    def estimate_setting(self, setting: Setting) -> MemoryEstimate:
+        """Estimates a step, on one rank if it is spread."""
+        found = estimate_memory(setting)
+        return found if self.sharding is None else shard(found, self.sharding)
+
+    def read_setting(self, plan: Plan) -> Setting:
+        """Returns what the memory of a plan depends on.
 
         Raises:
             ModelError: The model's shape is not known, or its architecture cannot be replayed.
@@ -109,8 +119,7 @@ class Question:
             refuse(plan)
         if (device := self.device) and device.gpu:
             check_device(plan.spec, device.gpu)
-        found = estimate_memory(setting)
-        return found if self.sharding is None else shard(found, self.sharding)
+        return setting
 
     @cached_property
     def device(self) -> Device | None:

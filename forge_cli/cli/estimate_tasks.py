@@ -24,10 +24,11 @@ def answer_methods(question: Question) -> None:
     """Prints the table of methods for a model, and which GPUs hold each."""
     device, rows = question.device, []
     for method, preset in METHODS.items():
-        asked = question.as_method(preset)
+        plan = question.as_method(preset).resolve()
+        setting = question.read_setting(plan)
         for checkpointing in (True, False):
-            plan = asked.resolve([f"training.activation_checkpointing={str(checkpointing).lower()}"])
-            rows.append((method, checkpointing, question.estimate(plan)))
+            varied = setting._replace(activation_checkpointing=checkpointing)
+            rows.append((method, checkpointing, question.estimate_setting(varied)))
     # The methods differ in nothing that decides which GPUs can compute them.
     known = list_devices(plan.spec)
     if question.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -23,13 +24,38 @@ def choose_reporter(quiet: bool, every_steps: int) -> Reporter:
     return PlainReporter(every_steps)
 
 
+class _Terminal:
+    """Standard error, which may be gone in the middle of a run: what is written then is lost, and nothing else."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        """Writes, or does nothing."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes, or does nothing."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def isatty(self) -> bool:
+        """The live view is for terminals."""
+        return True
+
+    def fileno(self) -> int:
+        """Tells rich where the size of the terminal is to be asked."""
+        return 2
+
+
 class LiveReporter:
     """Draws step, loss with trend, learning rate, gradient norm, tokens per second, memory and remaining time."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(file=_Terminal(), highlight=False)
         self._live = None
         self._num_steps = 0
         self._began = 0.0

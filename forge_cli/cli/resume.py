@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forge_cli.cli.train import AllowChange, RequireLatest
+from forge_cli.cli.train import AllowChange, PreemptExitCode, RequireLatest, StopOnUsr1
 
 
 def resume(
@@ -18,17 +18,21 @@ def resume(
     allow_change: AllowChange = None,
     require_latest: RequireLatest = False,
     force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
+    stop_on_usr1: StopOnUsr1 = False,
+    preempt_exit_code: PreemptExitCode = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Go on with a run from its newest checkpoint that is whole."""
     from forge_cli.cli.live import choose_reporter
-    from forge_cli.cli.train import read_resuming, show_result
+    from forge_cli.cli.train import exit_code_of_stops, read_resuming, show_result
     from forge_cli.run.execute import resume_run
 
     how = read_resuming(True, False, allow_change, require_latest)
     reporter = choose_reporter(quiet, 10)
-    show_result(resume_run(run, overrides or [], how=how, force=force, reporter=reporter), as_json)
+    with exit_code_of_stops(preempt_exit_code):
+        result = resume_run(run, overrides or [], how=how, force=force, reporter=reporter, stop_on_usr1=stop_on_usr1)
+    show_result(result, as_json)
 
 
 FUNCTIONS = {"resume": resume}

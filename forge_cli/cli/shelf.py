@@ -41,5 +41,6 @@ def find_on_shelf(folder: str, name: str, suffixes: tuple[str, ...] = (".yaml",)
     near = difflib.get_close_matches(name, [stem for stem, _, _ in rows], n=2, cutoff=0.5)
     raise ConfigError(
         f"there is no {kind.removesuffix('s')} named {name}",
+        where=f"forge {kind}",
         fix=f"did you mean {' or '.join(near)}?" if near else f"type `forge {kind} list` for the names",
     )

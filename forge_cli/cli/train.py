@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +22,16 @@ RequireLatest = Annotated[
     bool, typer.Option("--require-latest", help="Resume from the latest checkpoint or not at all.")
 ]
 
+StopOnUsr1 = Annotated[
+    bool, typer.Option("--stop-on-usr1", help="SIGUSR1 saves and stops; else it saves, and the run goes on.")
+]
+PreemptExitCode = Annotated[
+    int | None,
+    typer.Option(
+        "--preempt-exit-code", metavar="N", min=0, max=255, help="Exit code after SIGTERM or SIGUSR1, not 128 + n."
+    ),
+]
+
 
 def train(
     run_file: Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)],
@@ -31,6 +44,8 @@ def train(
     allow_change: AllowChange = None,
     require_latest: RequireLatest = False,
     force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
+    stop_on_usr1: StopOnUsr1 = False,
+    preempt_exit_code: PreemptExitCode = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -54,8 +69,30 @@ def train(
     from forge_cli.run.execute import train as train_file
 
     how = read_resuming(resume, overwrite, allow_change, require_latest)
-    result = train_file(run_file, overrides or [], overwrite=overwrite, force=force, resume=how, reporter=reporter)
+    with exit_code_of_stops(preempt_exit_code):
+        result = train_file(
+            run_file,
+            overrides or [],
+            overwrite=overwrite,
+            force=force,
+            resume=how,
+            reporter=reporter,
+            stop_on_usr1=stop_on_usr1,
+        )
     show_result(result, as_json)
+
+
+@contextlib.contextmanager
+def exit_code_of_stops(code: int | None) -> Iterator[None]:
+    """Gives runs that a scheduler stopped an exit code of its own, by which it knows to start them again."""
+    from forge_cli.errors import Stopped
+
+    try:
+        yield
+    except Stopped as event:
+        if code is not None and event.signal_number != signal.SIGINT:
+            event.exit_code = code
+        raise
 
 
 def read_resuming(resume: bool, overwrite: bool, allow_change: list[str] | None, require_latest: bool):

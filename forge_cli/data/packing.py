@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 
 
@@ -17,7 +18,7 @@ def pack_lengths(lengths: Sequence[int], max_length: int) -> list[list[int]]:
         The numbers of the rows in each sequence. Every row is in exactly one; no row is cut.
     """
     sequences: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(max_length + 1)]
+    with_room: defaultdict[int, list[int]] = defaultdict(list)
     rooms = 0  # bit r is set where a sequence has room for exactly r tokens more
     for row in sorted(range(len(lengths)), key=lambda one: (-lengths[one], one)):
         length = lengths[row]
@@ -45,7 +46,7 @@ def count_sequences(counts: Sequence[int], max_length: int) -> int:
         counts: Number of rows of each length, from length 0.
         max_length: Tokens that fit into a sequence.
     """
-    with_room = [0] * (max_length + 1)
+    with_room: Counter[int] = Counter()
     rooms, total = 0, 0
     for length in range(min(len(counts) - 1, max_length), 0, -1):
         left = counts[length]

@@ -256,7 +256,7 @@ def _count_rows(scan: Scan, copies, counters: dict[str, SplitCounter], splits: l
 
 def _count_sequences(report: DataReport, train: SplitCounter, max_length: int) -> None:
     """Counts the sequences that packing would make."""
-    counts = [train.lengths[length] for length in range(max_length + 1)]
+    counts = [train.lengths[length] for length in range(max(train.lengths, default=0) + 1)]
     report.packed_sequences = count_sequences(counts, max_length)
     report.packed_ratio = report.splits[0].tokens / (report.packed_sequences * max_length)
 

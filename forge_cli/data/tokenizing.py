@@ -5,11 +5,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from forge_cli import faults
 from forge_cli.data.row_tokens import Limits, Outcome, RowTokenizer
 from forge_cli.errors import MemoryExceeded
 from forge_cli.parts.rendering import Renderer
@@ -29,7 +32,17 @@ _tokenizer: RowTokenizer | None = None
 def _start_worker(renderer: Renderer, limits: Limits) -> None:
     global _tokenizer
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a worker already
+    # Ctrl-C in a terminal reaches all processes; the parent decides. Its handlers are not for this one.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _tokenizer = RowTokenizer(renderer, limits)
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent was killed: it would wait for rows for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _tokenize_batch(rows: list[Row]) -> list[Outcome]:
@@ -42,6 +55,8 @@ def cut_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     for row in rows:
         batch.append(row)
         size += len(repr(row[1]))
+        if len(batch) == 1:
+            faults.reach("tokenize")
         if len(batch) == BATCH_ROWS or size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

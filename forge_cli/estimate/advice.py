@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forge_cli.errors import ForgeError
 from forge_cli.estimate.budget import Budget, Device, make_budget
@@ -22,8 +22,7 @@ Resolve = Callable[[Sequence[str]], Plan]
 Estimate = Callable[[Plan], MemoryEstimate | None]
 
 
-@dataclass(frozen=True)
-class Edit:
+class Edit(NamedTuple):
     """A change of the run file.
 
     Attributes:
@@ -37,8 +36,7 @@ class Edit:
     changes_training: str = ""
 
 
-@dataclass(frozen=True)
-class Advice:
+class Advice(NamedTuple):
     """Edits and what they lead to.
 
     Attributes:

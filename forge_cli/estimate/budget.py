@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from forge_cli.estimate.memory import MemoryEstimate
 from forge_cli.estimate.setting import Setting
@@ -20,8 +20,7 @@ RESERVE_RATIO, RESERVE_RATIO_VARIED = 0.04, 0.08
 CALIBRATION_FILE = "calibration.json"
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(NamedTuple):
     """What a step has to fit into.
 
     Attributes:
@@ -39,8 +38,7 @@ class Device:
     gpu: Gpu | None = None
 
 
-@dataclass(frozen=True)
-class Budget:
+class Budget(NamedTuple):
     """An estimate beside a device.
 
     Attributes:

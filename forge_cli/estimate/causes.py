@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forge_cli.estimate.losses import TILE_TOKENS, TILE_VOCABULARY
 from forge_cli.estimate.memory import CUBLAS_BYTES, MemoryEstimate
@@ -17,8 +17,7 @@ _NEGLIGIBLE = 0.02
 _WITH_ALL_LAYERS = ("forward", "loss", "reference", "backward loss", "backward layer")
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(NamedTuple):
     """Why a part is as large as it is.
 
     Attributes:

@@ -5,7 +5,7 @@ Local variables have the names and the lifetimes of the original, because what a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forge_cli.estimate.attention import Attention
 from forge_cli.estimate.experts import Experts
@@ -20,8 +20,7 @@ from forge_cli.facts.parameter_count import list_linear_paths
 from forge_cli.facts.weights import layer_prefix
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """How a family's layer differs from Llama's.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from forge_cli.errors import ConfigError
@@ -103,8 +102,7 @@ def smallest_that_fit(estimate: MemoryEstimate, devices: list[Device]) -> str:
 
 def _calibrated(device: Device) -> Device:
     found = read_calibration(cache_root(), device.name)
-    return replace(
-        device,
+    return device._replace(
         context_bytes=int(found.get("context_bytes", device.context_bytes)),
         reserve_ratio=found.get("reserve_ratio", device.reserve_ratio),
     )

@@ -7,7 +7,7 @@ result is where published measurements lie.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from forge_cli.estimate.flops import count_model_flops, count_step_flops
 from forge_cli.estimate.traffic import MicroStepTraffic, count_micro_step_traffic
@@ -30,8 +30,7 @@ SLOW_RATIO, FAST_RATIO = 0.75, 1.20
 _STATE_BYTES = {"adamw_bnb_8bit": 2.03, "paged_adamw_8bit": 2.03, "adafactor": 0.0, "sgd": 0.0}
 
 
-@dataclass(frozen=True)
-class StepTime:
+class StepTime(NamedTuple):
     """One optimizer step on a GPU.
 
     Attributes:
@@ -89,8 +88,7 @@ class StepTime:
         return "matrix products" if computing >= moving else "memory traffic"
 
 
-@dataclass(frozen=True)
-class RunTime:
+class RunTime(NamedTuple):
     """A whole run.
 
     Attributes:
@@ -156,7 +154,7 @@ def estimate_step_time(
         model_flops_ratio=0.0,
         assumptions=_list_assumptions(work, gpu, traffic),
     )
-    return replace(time, model_flops_ratio=useful / (time.seconds * gpu.peak_flops))
+    return time._replace(model_flops_ratio=useful / (time.seconds * gpu.peak_flops))
 
 
 def estimate_run_time(

@@ -111,7 +111,7 @@ def _soften(ops: Operations, x: Tensor, itemsize: int) -> Tensor:
 
 def _scale_in_place(ops: Operations, x: Tensor) -> Tensor:
     numel, size = x.numel, x.itemsize
-    (y,) = ops.tape.apply((x,), [(numel, size)], lambda g, _: [ops.new(numel, size)], view_of=x)
+    (y,) = ops.tape.apply((x,), [(numel, size)], lambda g: [ops.new(numel, size)], view_of=x)
     return y
 
 
@@ -127,5 +127,5 @@ def _join_sinks(ops: Operations, attn_weights: Tensor, sinks: Tensor, heads: Hea
 def _subtract_highest(ops: Operations, x: Tensor, rows: int) -> Tensor:
     numel, size = x.numel, x.itemsize
     indices = ops.new(rows, 8)
-    (highest,) = ops.tape.apply((x,), [(rows, size)], lambda g, _: [ops.new(numel, size)], (indices,))
+    (highest,) = ops.tape.apply((x,), [(rows, size)], lambda g: [ops.new(numel, size)], (indices,))
     return ops.add(x, highest)

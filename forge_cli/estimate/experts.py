@@ -69,7 +69,7 @@ class Experts:
         """``torch.topk``."""
         ops, numel, size = self.ops, x.numel, x.itemsize
         indices = ops.new(tokens * self.per_token, _INDEX)
-        (values,) = ops.tape.apply((x,), [(indices.numel, size)], lambda g, _: [ops.new(numel, size)], (indices,))
+        (values,) = ops.tape.apply((x,), [(indices.numel, size)], lambda g: [ops.new(numel, size)], (indices,))
         return values, indices
 
     def _normalize(self, x: Tensor, tokens: int) -> Tensor:
@@ -78,7 +78,7 @@ class Experts:
         total = ops.mean_last(x, self.per_token)
         kept = [ops.new(numel, size)] if x.needs_grad and ops.tape.grad_enabled else []
 
-        def backward(g, _):
+        def backward(g):
             found = [ops.new(numel, size), ops.new(numel, size)]
             found[1] = ops.new(tokens, size)
             return found
@@ -108,7 +108,7 @@ class Experts:
     def _gather(self, x: Tensor, numel: int, indices: Tensor) -> Tensor:
         """``x[indices]``: keeps the indices."""
         ops, whole, size = self.ops, x.numel, x.itemsize
-        (y,) = ops.tape.apply((x,), [(numel, size)], lambda g, _: [ops.new(whole, size)], (indices,))
+        (y,) = ops.tape.apply((x,), [(numel, size)], lambda g: [ops.new(whole, size)], (indices,))
         return y
 
     def _multiply(
@@ -135,5 +135,5 @@ class Experts:
         """Sums what the experts made of a token; CUDA's autocast does so in fp32."""
         ops, whole, size = self.ops, x.numel, x.itemsize
         wide = FP32 if ops.formats.autocast and ops.formats.cuda else size
-        (y,) = ops.tape.apply((x,), [(numel, wide)], lambda g, _: [ops.new(whole, size)])
+        (y,) = ops.tape.apply((x,), [(numel, wide)], lambda g: [ops.new(whole, size)])
         return y

@@ -6,7 +6,7 @@ optimizer) is not counted: it costs bytes, not operations (``forge_cli.estimate.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import cache
 
 from forge_cli.estimate.layer_flops import LayerFlops
 from forge_cli.estimate.work import StepFlops, Work, count_extra_forwards
@@ -35,18 +35,25 @@ def count_step_flops(work: Work, *, causal: bool = True) -> StepFlops | None:
     step = StepFlops(head=_count_head(work))
     needs = _first_input_needs(work, family)
     own = reference = StepFlops(extra_forwards=_head_product(work))
+
+    @cache  # most layers are alike
+    def count_layer(trains: bool, has_window: bool, needs: bool) -> tuple[StepFlops, StepFlops, StepFlops, bool, int]:
+        layer = LayerFlops(work, family, tuple(linear), trains, has_window, causal)
+        forward = layer.count_forward(adapters=trains)
+        again = forward.forward + forward.adapters - layer.count_stopped_early()
+        return forward, layer.count_forward(adapters=False), *layer.count_backward(needs), again
+
     for index in range(work.facts.num_hidden_layers):
-        layer = LayerFlops(work, family, tuple(linear), index, causal)
-        forward = layer.count_forward(adapters=layer.trains)
-        own = own.plus(_as_extra(forward))
-        reference = reference.plus(_as_extra(layer.count_forward(adapters=False)))
+        trains, every = index >= work.num_frozen_layers, family.full_attention_every
+        forward, bare, backward, output_needs, again = count_layer(
+            trains, every == 1 or (index + 1) % every != 0, needs
+        )
+        own, reference = own.plus(_as_extra(forward)), reference.plus(_as_extra(bare))
         step = step.plus(forward)
-        if not layer.trains and work.skips_prefix:
+        if not trains and work.skips_prefix:
             continue
-        backward, needs = layer.count_backward(needs)
-        step = step.plus(backward)
+        step, needs = step.plus(backward), output_needs
         if needs and work.checkpoint_every and index % work.checkpoint_every == 0:
-            again = forward.forward + forward.adapters - layer.count_stopped_early()
             step = step.plus(StepFlops(recomputed=again, attention=forward.attention))
     step = step.plus(own, work.own_forwards).plus(reference, work.reference_forwards)
     return StepFlops().plus(step, work.micro_steps)
@@ -58,8 +65,8 @@ def count_model_flops(work: Work) -> int | None:
     Units: operations. Source: the step without checkpointing and with a plain loss; a fused attention kernel's second
     computation of the scores (one of its seven products) is left out too.
     """
-    least = replace(work, checkpoint_every=0, loss="plain" if work.loss == "fused" else work.loss)
-    step, alone = count_step_flops(least), count_step_flops(replace(least, own_forwards=0, reference_forwards=0))
+    least = work._replace(checkpoint_every=0, loss="plain" if work.loss == "fused" else work.loss)
+    step, alone = count_step_flops(least), count_step_flops(least._replace(own_forwards=0, reference_forwards=0))
     if step is None or alone is None:
         return None
     return step.total - (0 if work.attention == "eager" else alone.attention // 7)

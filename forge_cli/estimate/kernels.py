@@ -88,7 +88,7 @@ def _run_kernel(
     size, sizes = query.itemsize, (query.numel, key.numel, value.numel)
     rows = heads.batch * heads.queries * heads.length
 
-    def backward(g, _):
+    def backward(g):
         found = [ops.new(n, size) for n in sizes]
         workspace = [ops.new(n, s) for n, s in _list_workspace(heads, size, is_flash)] if ops.formats.cuda else []
         del workspace

@@ -6,35 +6,31 @@ adapters are trained, the gradient of the layer's own input is often not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forge_cli.estimate.work import StepFlops, Work
 from forge_cli.facts.families import Family
 from forge_cli.facts.weights import attention_widths
 
 
-@dataclass(frozen=True)
-class LayerFlops:
+class LayerFlops(NamedTuple):
     """One decoder layer under one step's settings.
 
     Attributes:
         work: The step.
         family: Of the model.
         linear: Its linear layers as (name, inputs, outputs), in order of use.
-        index: Number of the layer, from 0.
+        trains: Weights or adapters of this layer are trained.
+        has_window: Its attention has a window, if the model has any.
         causal: Attention kernels skip what the causal mask hides, where they can.
     """
 
     work: Work
     family: Family
     linear: tuple[tuple[str, int, int], ...]
-    index: int
+    trains: bool
+    has_window: bool
     causal: bool
-
-    @property
-    def trains(self) -> bool:
-        """Whether weights or adapters of this layer are trained."""
-        return self.index >= self.work.num_frozen_layers
 
     def count_forward(self, *, adapters: bool) -> StepFlops:
         """Counts the forward pass. Units: operations. Source: 2 x tokens x inputs x outputs per matrix."""
@@ -128,9 +124,7 @@ class LayerFlops:
         Kernels work in blocks along the diagonal, so what they skip is a little less than half.
         """
         work, length = self.work, self.work.sequence_length
-        window = work.facts.sliding_window or length
-        if (self.index + 1) % self.family.full_attention_every == 0 and self.family.full_attention_every > 1:
-            window = length
+        window = (self.has_window and work.facts.sliding_window) or length
         pairs = length * length
         if self.causal and work.attention == "flash":
             shown = min(window, length)

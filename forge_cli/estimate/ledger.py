@@ -49,18 +49,13 @@ class Ledger:
 
 
 class Storage:
-    """Bytes on the device, alive as long as this object is.
+    """Bytes on the device, alive as long as this object is."""
 
-    Attributes:
-        users: Tensors that look at it; gradients are added in place only where there is one.
-    """
-
-    __slots__ = ("_ledger", "_part", "size_bytes", "users")
+    __slots__ = ("_ledger", "_part", "size_bytes")
 
     def __init__(self, ledger: Ledger, size_bytes: int) -> None:
         granule = ledger.granule_bytes
         self.size_bytes = size_bytes = -(-size_bytes // granule) * granule
-        self.users = 0
         self._ledger = ledger
         self._part = part = ledger.part
         # Ledger.add, written out: this runs some thousand times.

@@ -109,7 +109,7 @@ class Linear:
         x = ops.cast(x, ops.formats.compute_bytes)
         tokens, size = x.numel // self.inputs, x.itemsize
 
-        def backward(g, _):
+        def backward(g):
             scales = self._unpack_scales(1)
             unpacked = self._unpack(self.setting.weight_bytes)
             del scales
@@ -133,7 +133,7 @@ class Linear:
         numel, tokens, cuda = x.numel, x.numel // self.inputs, ops.formats.cuda
         compute = ops.formats.compute_bytes if ops.formats.autocast and not cuda else size
 
-        def backward(g, _):
+        def backward(g):
             unpacked = ops.new(wide, size)
             of_x = ops.new(numel, compute)
             del unpacked

@@ -47,7 +47,7 @@ def fused_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) 
         if not ops.formats.cuda:
             held.append(ops.new(round(tile[0] * tile[1] * copies), FP32))
 
-    def backward(g, _):
+    def backward(g):
         of_hidden = ops.new(tokens * width, FP32)
         of_head = ops.new(vocabulary * width, FP32) if head_trains else None
         buffer = ops.new(tile[0] * TILE_VOCABULARY, compute)
@@ -97,11 +97,11 @@ def score_loss(ops: Operations, setting: Setting, hidden: Tensor, head: Tensor) 
 
 def _gather(ops: Operations, x: Tensor) -> Tensor:
     """``hidden[mask]``: a copy; its gradient is written into zeros."""
-    (y,) = ops.tape.apply((x,), [(x.numel, x.itemsize)], lambda g, _: [ops.new(g[0].numel, g[0].itemsize)])
+    (y,) = ops.tape.apply((x,), [(x.numel, x.itemsize)], lambda g: [ops.new(g[0].numel, g[0].itemsize)])
     return y
 
 
 def _sum(ops: Operations, x: Tensor) -> Tensor:
     numel = x.numel
-    (y,) = ops.tape.apply((x,), [(1, FP32)], lambda g, _: [ops.new(numel, FP32)])
+    (y,) = ops.tape.apply((x,), [(1, FP32)], lambda g: [ops.new(numel, FP32)])
     return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from forge_cli.estimate.setting import Setting
 from forge_cli.estimate.step import replay_evaluation, replay_step
@@ -25,8 +25,7 @@ INSTANTS = {
 }
 
 
-@dataclass(frozen=True)
-class Instant:
+class Instant(NamedTuple):
     """One instant of a step.
 
     Attributes:
@@ -43,8 +42,7 @@ class Instant:
         return sum(self.parts.values())
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(NamedTuple):
     """What a step needs, as torch counts allocated bytes.
 
     Attributes:
@@ -53,7 +51,7 @@ class MemoryEstimate:
     """
 
     instants: tuple[Instant, ...]
-    setting: Setting = field(repr=False)
+    setting: Setting
 
     @property
     def peak(self) -> Instant:

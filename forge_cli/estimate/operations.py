@@ -7,15 +7,14 @@ Only sizes: a function takes and returns :class:`~forge_cli.estimate.tape.Tensor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from forge_cli.estimate.tape import Tape, Tensor
 
 FP32 = 4
 
 
-@dataclass(frozen=True)
-class Formats:
+class Formats(NamedTuple):
     """Number formats, in bytes per number.
 
     Attributes:
@@ -53,7 +52,7 @@ class Operations:
         if x.itemsize == itemsize:
             return x
         size = x.itemsize
-        (y,) = self.tape.apply((x,), [(x.numel, itemsize)], lambda g, _: [self.new(g[0].numel, size)])
+        (y,) = self.tape.apply((x,), [(x.numel, itemsize)], lambda g: [self.new(g[0].numel, size)])
         return y
 
     def cast_weight(self, weight: Tensor, itemsize: int) -> Tensor:
@@ -78,13 +77,13 @@ class Operations:
 
     def scale(self, x: Tensor) -> Tensor:
         """``x * number``."""
-        (y,) = self.tape.apply((x,), [(x.numel, x.itemsize)], lambda g, _: [self._like(g[0])])
+        (y,) = self.tape.apply((x,), [(x.numel, x.itemsize)], lambda g: [self._like(g[0])])
         return y
 
     def unary(self, x: Tensor, *, saves_output: bool = False) -> Tensor:
         """silu, gelu (keep the input), tanh, sigmoid, rsqrt, softmax (keep the output)."""
 
-        def backward(g, _):
+        def backward(g):
             return [self._like(g[0])]
 
         save = () if saves_output else (x,)
@@ -94,7 +93,7 @@ class Operations:
     def power(self, x: Tensor) -> Tensor:
         """``x.pow(n)``: ``grad * (n * x.pow(n - 1))`` backwards."""
 
-        def backward(g, _):
+        def backward(g):
             temporaries = [self._like(g[0]), self._like(g[0])]  # C++ keeps both to the end of the expression
             found = [self._like(g[0])]
             del temporaries
@@ -109,13 +108,13 @@ class Operations:
         if not p:
             return x
         mask = self.new(x.numel, 1 if self.formats.cuda else x.itemsize)
-        (y,) = self.tape.apply((x,), [(x.numel, x.itemsize)], lambda g, _: [self._like(g[0])], (mask,))
+        (y,) = self.tape.apply((x,), [(x.numel, x.itemsize)], lambda g: [self._like(g[0])], (mask,))
         return y
 
     def mean_last(self, x: Tensor, width: int) -> Tensor:
         """``x.mean(-1, keepdim=True)``."""
         numel = x.numel
-        (y,) = self.tape.apply((x,), [(numel // width, x.itemsize)], lambda g, _: [self.new(numel, g[0].itemsize)])
+        (y,) = self.tape.apply((x,), [(numel // width, x.itemsize)], lambda g: [self.new(numel, g[0].itemsize)])
         return y
 
     # Two inputs ----------------------------------------------------------------------------------------------
@@ -137,7 +136,7 @@ class Operations:
         numel, size = max(a.numel, b.numel), max(a.itemsize, b.itemsize)
         needs = [one.needs_grad for one in (a, b)]
 
-        def backward(g, _):
+        def backward(g):
             return [self.new(numel, size) if needed else None for needed in needs]
 
         save = [*([a] if b.needs_grad else []), *([b] if a.needs_grad else [])]
@@ -164,7 +163,7 @@ class Operations:
         needs = (x.needs_grad, weight.needs_grad, bias is not None and bias.needs_grad)
         bias_given = bias is not None
 
-        def backward(g, _):
+        def backward(g):
             of_x = self.new(tokens * inputs, size) if needs[0] else None
             of_weight = self.new(inputs * outputs, size) if needs[1] else None
             return [of_x, of_weight, self.new(outputs, size) if needs[2] else None][: 3 if bias_given else 2]
@@ -180,7 +179,7 @@ class Operations:
         shapes = [(one.numel, one.itemsize) if one.needs_grad else None for one in (a, b)]
         save = [*([a] if b.needs_grad else []), *([b] if a.needs_grad else [])]
 
-        def backward(g, _):
+        def backward(g):
             return [None if shape is None else self.new(*shape) for shape in shapes]
 
         (y,) = self.tape.apply((a, b), [(numel, a.itemsize)], backward, save)
@@ -191,24 +190,24 @@ class Operations:
     def split(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """Views of a tensor; their gradients are joined into one."""
         whole, size = sum(sizes), x.itemsize
-        return self.tape.apply((x,), [(n, size) for n in sizes], lambda g, _: [self.new(whole, size)], view_of=x)
+        return self.tape.apply((x,), [(n, size) for n in sizes], lambda g: [self.new(whole, size)], view_of=x)
 
     def slice(self, x: Tensor, numel: int) -> Tensor:
         """A view of a part; its gradient is written into zeros of the whole."""
         whole, size = x.numel, x.itemsize
-        (y,) = self.tape.apply((x,), [(numel, size)], lambda g, _: [self.new(whole, size)], view_of=x)
+        (y,) = self.tape.apply((x,), [(numel, size)], lambda g: [self.new(whole, size)], view_of=x)
         return y
 
     def gather(self, x: Tensor, numel: int) -> Tensor:
         """``x[indices]`` or a repeated copy; its gradient is summed into one of the input's size."""
         whole, size = x.numel, x.itemsize
-        (y,) = self.tape.apply((x,), [(numel, size)], lambda g, _: [self.new(whole, size)])
+        (y,) = self.tape.apply((x,), [(numel, size)], lambda g: [self.new(whole, size)])
         return y
 
     def expand(self, x: Tensor, numel: int) -> Tensor:
         """A view that repeats; its gradient is summed."""
         whole, size = x.numel, x.itemsize
-        (y,) = self.tape.apply((x,), [(numel, size)], lambda g, _: [self.new(whole, size)], view_of=x)
+        (y,) = self.tape.apply((x,), [(numel, size)], lambda g: [self.new(whole, size)], view_of=x)
         return y
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -219,7 +218,7 @@ class Operations:
         def part(g: Tensor, numel: int, itemsize: int) -> Tensor:
             return Tensor(g.storage, numel, size) if itemsize == size else self.new(numel, itemsize)
 
-        def backward(g, _):
+        def backward(g):
             return [part(g[0], n, one) if needed else None for n, one, needed in sizes]
 
         (y,) = self.tape.apply(tensors, [(sum(one.numel for one in tensors), size)], backward)
@@ -227,7 +226,7 @@ class Operations:
 
     def copy(self, x: Tensor) -> Tensor:
         """``x.contiguous()`` or ``x.clone()`` of something that has to be copied; its gradient is passed on."""
-        (y,) = self.tape.apply((x,), [(x.numel, x.itemsize)], lambda g, _: [g[0].alias()])
+        (y,) = self.tape.apply((x,), [(x.numel, x.itemsize)], lambda g: [g[0].alias()])
         return y
 
     def _like(self, x: Tensor) -> Tensor:
@@ -236,4 +235,4 @@ class Operations:
     def _pass_on(self, inputs: Sequence[Tensor]):
         """Returns the backward pass of a sum: every input gets the gradient itself."""
         needs = [one.needs_grad for one in inputs]
-        return lambda g, _: [g[0].alias() if needed else None for needed in needs]
+        return lambda g: [g[0].alias() if needed else None for needed in needs]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 from forge_cli.estimate.budget import Budget, Device, make_budget
 from forge_cli.estimate.memory import MemoryEstimate
@@ -20,8 +20,7 @@ QUESTIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Largest:
+class Largest(NamedTuple):
     """The answer to ``--max``.
 
     Attributes:
@@ -67,7 +66,7 @@ def find_largest(plan: Plan, device: Device, question: str, estimate: Estimate) 
 def _with_value(plan: Plan, path: str, value: int) -> Plan:
     section, name = path.split(".")
     changed = getattr(plan.spec, section).model_copy(update={name: value})
-    return replace(plan, spec=plan.spec.model_copy(update={section: changed}))
+    return plan._replace(spec=plan.spec.model_copy(update={section: changed}))
 
 
 def sweep(

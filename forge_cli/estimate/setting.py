@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import NamedTuple
 
 from forge_cli.facts.shape import ModelFacts
 from forge_cli.facts.weights import is_named
 
 
-@dataclass(frozen=True)
-class Adapters:
+class Adapters(NamedTuple):
     """LoRA adapters.
 
     Attributes:
@@ -32,8 +32,7 @@ class Adapters:
         return is_named(module, self.targets)
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """One training step on one device.
 
     Attributes:
@@ -77,8 +76,8 @@ class Setting:
     batch_size: int
     sequence_length: int
     weights_bytes: int
-    trained: Mapping[int, int] = field(default_factory=dict)
-    trained_embeddings: Mapping[int, int] = field(default_factory=dict)
+    trained: Mapping[int, int] = MappingProxyType({})
+    trained_embeddings: Mapping[int, int] = MappingProxyType({})
     adapters: Adapters | None = None
     quantized_bits: int | None = None
     double_quant: bool = True
@@ -115,4 +114,4 @@ class Setting:
         """Returns the step with the rows of a packed batch in one sequence, as TRL's collator joins them."""
         if not self.packed or self.num_sequences == 1:
             return self
-        return replace(self, batch_size=1, pairs=False, sequence_length=self.num_sequences * self.sequence_length)
+        return self._replace(batch_size=1, pairs=False, sequence_length=self.num_sequences * self.sequence_length)

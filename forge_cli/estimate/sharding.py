@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from forge_cli.errors import ConfigError
 from forge_cli.estimate.memory import Instant, MemoryEstimate
@@ -25,8 +25,7 @@ _OFFLOADED = {
 }
 
 
-@dataclass(frozen=True)
-class Sharding:
+class Sharding(NamedTuple):
     """How a run is spread.
 
     Attributes:
@@ -68,7 +67,7 @@ def shard(estimate: MemoryEstimate, sharding: Sharding) -> MemoryEstimate:
     documentation of stages 1 to 3; not measured by us.
     """
     instants = tuple(_shard_instant(one, estimate, sharding) for one in estimate.instants)
-    return replace(estimate, instants=instants)
+    return estimate._replace(instants=instants)
 
 
 def _shard_instant(instant: Instant, estimate: MemoryEstimate, sharding: Sharding) -> Instant:

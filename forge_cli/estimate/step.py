@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from forge_cli.estimate.decoder import Layer
 from forge_cli.estimate.ledger import Ledger
 from forge_cli.estimate.losses import fused_loss, plain_loss, score_loss
@@ -222,10 +220,10 @@ def replay_evaluation(setting: Setting) -> dict[str, int]:
 
     Units: bytes by part. Source: the replay of one layer and the loss.
     """
-    smaller = replace(setting, batch_size=setting.eval_batch_size, accumulation_steps=1, adapters=_quiet(setting))
+    smaller = setting._replace(batch_size=setting.eval_batch_size, accumulation_steps=1, adapters=_quiet(setting))
     # Training's batch may have been of one row, which nothing pads.
     padded = smaller.num_sequences > 1 and not setting.packed and setting.attention != "flash"
-    smaller = replace(smaller, padded=padded)
+    smaller = smaller._replace(padded=padded)
     ledger = Ledger(GRANULE_BYTES if setting.cuda else 1)
     tape = Tape(ledger)
     tape.grad_enabled = False
@@ -236,4 +234,4 @@ def replay_evaluation(setting: Setting) -> dict[str, int]:
 
 def _quiet(setting: Setting) -> Adapters | None:
     """Adapters without dropout, as in evaluation."""
-    return replace(setting.adapters, dropout=0.0) if setting.adapters else None
+    return setting.adapters._replace(dropout=0.0) if setting.adapters else None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import heapq
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from sys import getrefcount
 
 from forge_cli.estimate.ledger import Ledger, Storage
 
@@ -33,29 +34,28 @@ class Tensor:
         self.numel = numel
         self.itemsize = itemsize
         self.needs_grad, self.node, self.grad = False, None, None
-        storage.users += 1
-
-    def __del__(self) -> None:
-        self.storage.users -= 1
 
     def alias(self) -> Tensor:
         """Returns another tensor on the same bytes, outside of the graph."""
         return Tensor(self.storage, self.numel, self.itemsize)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether something else holds the same bytes; gradients are added in place only where nothing does."""
+        return getrefcount(self.storage) > 2  # this tensor's, and the argument
 
-Backward = Callable[[list["Tensor | None"], list["Tensor"]], Sequence["Tensor | None"]]
+
+Backward = Callable[[list["Tensor | None"]], Sequence["Tensor | None"]]
 
 
 class _Node:
-    __slots__ = ("backward", "edges", "handles", "number", "phase", "shapes")
+    __slots__ = ("backward", "edges", "handles", "num_results", "number", "phase")
 
-    def __init__(self, number: int, phase: str, inputs: Sequence[Tensor], handles: list, backward: Backward) -> None:
-        self.number, self.phase, self.handles, self.backward = number, phase, handles, backward
-        self.edges = [(one.node or (one, 0)) if one.needs_grad else None for one in inputs]
-        self.shapes = [(one.numel, one.itemsize) for one in inputs]
-
-    def __lt__(self, other: _Node) -> bool:
-        return self.number > other.number
+    def __init__(self, tape: Tape, inputs: Sequence[Tensor], num_results: int, handles: list, backward: Backward):
+        tape.num_nodes += 1
+        self.number, self.phase, self.num_results = tape.num_nodes, tape.phase, num_results
+        self.handles, self.backward = handles, backward
+        self.edges = [(one.node or (one, 0), one.numel, one.itemsize) if one.needs_grad else None for one in inputs]
 
 
 class _EnoughError(Exception):
@@ -70,7 +70,7 @@ class _Segment:
         self.value.needs_grad = value.needs_grad
         self.handles: list[weakref.ref[_Handle]] = []
         self.position = 0
-        self.found: dict[int, Tensor] | None = None
+        self.found: dict[int, Storage] | None = None
 
 
 class _Handle:
@@ -92,17 +92,17 @@ class Tape:
         has_gradients: Weights have gradients already, from an earlier micro step.
         tied: A weight that is used twice.
         phase: Label of what is recorded now; its backward pass counts as phase ``backward LABEL``.
+        num_nodes: Operations recorded so far.
         attributes: What operations keep as plain attributes, see :meth:`keep`.
     """
 
     def __init__(self, ledger: Ledger, *, has_gradients: bool = False) -> None:
         self.ledger = ledger
         self.grad_enabled, self.has_gradients = True, has_gradients
-        self.phase = ""
-        self.attributes: list[Tensor] = []
+        self.phase, self.num_nodes = "", 0
+        self.attributes: list[Storage] = []
         self.tied: Tensor | None = None
         self._waiting: Tensor | None = None
-        self._number = 0
         self._segment: _Segment | None = None
         self._again: _Segment | None = None
 
@@ -140,8 +140,8 @@ class Tape:
         Args:
             inputs: What gradients may flow to.
             outputs: Elements and bytes per element of every result.
-            backward: Gradients of the results and saved tensors to the gradients of ``inputs``, which are then summed
-                over what was broadcast and cast to the inputs' formats.
+            backward: Gradients of the results to the gradients of ``inputs``, which are then summed over what was
+                broadcast and cast to the inputs' formats.
             save: What the backward pass needs, if there is one.
             save_output: It needs the results too.
             view_of: The results are views of this tensor.
@@ -156,8 +156,7 @@ class Tape:
             return results
         if save_output:
             handles += [self._pack(one) for one in results]
-        self._number += 1
-        node = _Node(self._number, self.phase, inputs, handles, backward)
+        node = _Node(self, inputs, len(results), handles, backward)
         for index, one in enumerate(results):
             one.needs_grad, one.node = True, (node, index)
         return results
@@ -169,33 +168,32 @@ class Tape:
         that of a second run.
         """
         if result.node is not None:
-            (result.node[0].handles if self.replaying else self.attributes).append(tensor.alias())
+            (result.node[0].handles if self.replaying else self.attributes).append(tensor.storage)
 
     def backward(self, loss: Tensor) -> None:
         """Runs the graph of a loss backwards; gradients gather in ``grad`` of the leaves."""
         first, index = loss.node
-        buffers: dict[_Node, list[Tensor | None]] = {first: [None] * (index + 1)}
+        buffers: dict[_Node, list[Tensor | None]] = {first: [None] * first.num_results}
         buffers[first][index] = self.new(loss.numel, loss.itemsize)
-        heap = [first]
+        heap = [(-first.number, first)]  # the latest operation first
         while heap:
-            node = heapq.heappop(heap)
+            _, node = heapq.heappop(heap)
             self.ledger.enter(f"backward {node.phase}")
             self.ledger.part = "loss" if node.phase == "loss" else "workspace"
             gradients = self._run(node, buffers.pop(node))
-            for edge, place in zip(node.edges, range(len(gradients)), strict=True):
+            for place, edge in enumerate(node.edges):
                 gradient, gradients[place] = gradients[place], None
                 if edge is None or gradient is None:
                     continue
-                target, slot = edge
+                target, slot = edge[0]
                 if isinstance(target, Tensor):
                     self._accumulate_leaf(target, gradient)
                     gradient = None
                     continue
-                if target not in buffers:
-                    buffers[target] = []
-                    heapq.heappush(heap, target)
-                buffer = buffers[target]
-                buffer.extend([None] * (slot + 1 - len(buffer)))
+                buffer = buffers.get(target)
+                if buffer is None:
+                    buffer = buffers[target] = [None] * target.num_results
+                    heapq.heappush(heap, (-target.number, target))
                 buffer[slot] = gradient if buffer[slot] is None else self._add(buffer[slot], gradient)
                 gradient = buffer = None  # what a name still holds is counted
             # What waits in the edges would keep the rest of the graph alive.
@@ -223,14 +221,17 @@ class Tape:
 
     def _run(self, node: _Node, gradients: list[Tensor | None]) -> list[Tensor | None]:
         saved = [self._unpack(handle) for handle in node.handles]
-        results = list(node.backward(gradients, saved))
+        results = list(node.backward(gradients))
         # What checkpointing made again is free before gradients get their shapes, what was kept is not.
         del saved
-        for place, (numel, itemsize) in enumerate(node.shapes):
+        for place, edge in enumerate(node.edges):
             one = results[place]
-            if one is not None and one.numel != numel:
+            if edge is None or one is None:
+                continue
+            _, numel, itemsize = edge
+            if one.numel != numel:
                 one = results[place] = self.new(numel, one.itemsize)
-            if one is not None and one.itemsize != itemsize:
+            if one.itemsize != itemsize:
                 results[place] = self.new(numel, itemsize)
         node.handles, node.backward = [], None
         return results
@@ -243,7 +244,7 @@ class Tape:
                 self._waiting = gradient
                 return
             gradient, self._waiting = self._add(self._waiting, gradient), None
-        if leaf.storage.size_bytes and (leaf.grad is not None or gradient.storage.users > 1):
+        if leaf.storage.size_bytes and (leaf.grad is not None or gradient.is_shared):
             # Embeddings, not a weight: what comes first waits for the rest, as in a node's buffer.
             leaf.grad = gradient if leaf.grad is None else self._add(leaf.grad, gradient)
             return
@@ -251,7 +252,7 @@ class Tape:
             return
         before, self.ledger.part = self.ledger.part, "gradients"
         size = gradient.storage.size_bytes
-        if gradient.storage.users == 1:
+        if not gradient.is_shared:
             self.ledger.add(gradient.storage._part, -size)  # the same bytes under the gradients' name
             self.ledger.add("gradients", size)
             gradient.storage._part = "gradients"
@@ -262,23 +263,23 @@ class Tape:
 
     def _add(self, old: Tensor, new: Tensor) -> Tensor:
         """Adds in place where nobody else looks at the bytes."""
-        return old if old.storage.users == 1 else self.new(old.numel, max(old.itemsize, new.itemsize))
+        return self.new(old.numel, max(old.itemsize, new.itemsize)) if old.is_shared else old
 
-    def _pack(self, tensor: Tensor) -> Tensor | _Handle:
+    def _pack(self, tensor: Tensor) -> Storage | _Handle:
         again = self._again
         if again is not None:
             index, again.position = again.position, again.position + 1
             if again.handles[index]() is not None:
-                again.found[index] = tensor.alias()
+                again.found[index] = tensor.storage
             if again.position == len(again.handles):
                 raise _EnoughError
         elif self._segment is not None:
             return _Handle(self._segment)
         # The graph of a second run holds its tensors as any other does, for as long as it lasts.
-        return tensor.alias()
+        return tensor.storage
 
-    def _unpack(self, handle: Tensor | _Handle) -> Tensor:
-        if isinstance(handle, Tensor):
+    def _unpack(self, handle: Storage | _Handle) -> Storage:
+        if isinstance(handle, Storage):
             return handle
         segment = handle.segment
         if segment.found is None:
@@ -292,9 +293,8 @@ class Tape:
         label, part = self.phase, self.ledger.part
         self._again, self.ledger.part = segment, "activations"
         try:
-            segment.function(value)
-        except _EnoughError:
-            pass
+            with suppress(_EnoughError):
+                segment.function(value)
         finally:
             self._again = None
             self.phase, self.ledger.part = label, part

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from forge_cli.facts.families import find_family
 from forge_cli.facts.trainable_count import iterate_trained_tensors
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 _COPY = ".modules_to_save.default"
 
 
-@dataclass(frozen=True)
-class TrainedParts:
+class TrainedParts(NamedTuple):
     """What a plan trains.
 
     Attributes:
@@ -57,7 +55,7 @@ def find_trained_parts(facts: ModelFacts, spec: RunSpec, num_frozen: int) -> Tra
     if outer is None or family is None:
         return None
     trained = list(iterate_trained_tensors(facts, spec.lora, spec.freeze, num_frozen, score_head=has_score))
-    unfrozen = iterate_trained_tensors(facts, spec.lora, None, num_frozen, score_head=has_score)
+    unfrozen = spec.freeze and iterate_trained_tensors(facts, spec.lora, None, num_frozen, score_head=has_score)
     names = {name.removesuffix(_COPY) for name, _ in trained}
     tables = {weight.module for weight in outer if weight.kind == "embedding"}
     embedding = f"{family.body}.{family.embedding}"
@@ -72,7 +70,7 @@ def find_trained_parts(facts: ModelFacts, spec: RunSpec, num_frozen: int) -> Tra
         head_trains=embeddings_train if tied else "lm_head" in names,
         num_skipped_layers=0 if embeddings_train else num_frozen,
         frozen=frozenset(
-            [name for name, _ in unfrozen if name.removesuffix(_COPY) not in names]
+            [name for name, _ in unfrozen or () if name.removesuffix(_COPY) not in names]
             + [layer_prefix(facts, index) for index in range(num_frozen)]
         ),
     )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from forge_cli.facts.shape import ModelFacts
 from forge_cli.facts.weights import is_named
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What is computed in one optimizer step on one device.
 
     Attributes:
@@ -76,8 +74,7 @@ class Work:
         return is_named(path, self.lora_targets)
 
 
-@dataclass(frozen=True)
-class StepFlops:
+class StepFlops(NamedTuple):
     """Operations by cause.
 
     Attributes:
@@ -103,12 +100,11 @@ class StepFlops:
     @property
     def total(self) -> int:
         """All operations."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(self)
 
     def plus(self, other: StepFlops, times: int = 1) -> StepFlops:
         """Returns the sum with a multiple of another."""
-        names = [field.name for field in fields(self)]
-        return StepFlops(**{name: getattr(self, name) + times * getattr(other, name) for name in names})
+        return StepFlops(*(mine + times * its for mine, its in zip(self, other, strict=True)))
 
 
 def count_extra_forwards(method: str, *, precomputed: bool = False, kl_term: bool = True) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,13 @@ from forge_cli.errors import ModelError
 from forge_cli.facts.config_facts import count_eyes, read_config_facts
 from forge_cli.facts.parameter_count import count_parameters
 from forge_cli.facts.shape import ModelFacts
+from forge_cli.facts.weight_files import Header, read_headers, read_json_object
+from forge_cli.facts.weights import iterate_weights
 
 _FLOAT_TYPES = ("F64", "F32", "F16", "BF16")
-_MAX_HEADER_BYTES = 100 * 1024 * 1024
+_CODE_KEYS = ("auto_map", "trust_remote_code", "_attn_implementation_internal")
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_experts_implementation", "experts_implementation")
+_MOST_NESTED = 4
 
 
 def read_local_model(folder: Path, name: str) -> ModelFacts:
@@ -33,15 +36,11 @@ def read_local_model(folder: Path, name: str) -> ModelFacts:
     config_file = folder / "config.json"
     config = _read_config(config_file)
     _refuse_pickles(folder)
-    if "auto_map" in config:
-        raise ModelError(
-            "the model brings its own Python code (auto_map)",
-            where=str(config_file),
-            why="Forge runs no code that comes with weights",
-            fix='if transformers has this architecture built in, remove "auto_map" from the file',
-        )
+    refuse_foreign_code(config, config_file)
     facts = read_config_facts(config, config_file, name, str(folder))
-    stored = _count_stored_parameters(folder, facts)
+    headers = read_headers(folder)
+    _compare_shapes(headers, facts)
+    stored = _count_stored_parameters(headers, facts)
     eyes = count_eyes(config)
     if eyes is None:  # all that is known of them is what the weight files hold
         language = count_parameters(facts)
@@ -52,30 +51,45 @@ def read_local_model(folder: Path, name: str) -> ModelFacts:
 
 
 def _read_config(config_file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not config_file.is_file():
         raise ModelError(
             "the folder holds no config.json",
             where=str(config_file.parent),
             why="a model folder has config.json, tokenizer files and *.safetensors",
             fix="give a folder written by save_pretrained, a hub name (org/name) or an alias (forge models list)",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"config.json cannot be read ({error})",
-            where=str(config_file),
-            why="the model's shape comes from it",
-            fix="copy the model again",
-        ) from None
-    if not isinstance(config, dict):
-        raise ModelError(
-            "config.json holds no mapping",
-            where=str(config_file),
-            why="the model's shape comes from it",
-            fix="copy the model again",
         )
-    return config
+    return read_json_object(config_file)
+
+
+def refuse_foreign_code(config: dict[str, Any], config_file: Path) -> None:
+    """Refuses a configuration that asks for code which comes with the weights or from the hub.
+
+    Raises:
+        ModelError: It does; names the keys.
+    """
+    keys = sorted(_find_code_keys(config))
+    if keys:
+        raise ModelError(
+            f"the model brings its own Python code ({', '.join(keys)})",
+            where=str(config_file),
+            why="Forge runs no code that comes with weights",
+            fix=f'if transformers has this architecture built in, remove "{keys[0]}" from the file',
+        )
+
+
+def _find_code_keys(config: object, depth: int = 0) -> set[str]:
+    """Finds the keys in a configuration and the ones inside it, such as ``text_config``."""
+    if not isinstance(config, dict) or depth > _MOST_NESTED:
+        return set()
+    found = {key for key in _CODE_KEYS if config.get(key)}
+    # transformers takes a name with a slash for a kernel on the hub, and loads it.
+    found |= {key for key in _ATTENTION_KEYS if any("/" in one for one in _list_texts(config.get(key)))}
+    return found.union(*(_find_code_keys(one, depth + 1) for one in config.values()))
+
+
+def _list_texts(value: object) -> list[str]:
+    values = value.values() if isinstance(value, dict) else [value]
+    return [one for one in values if isinstance(one, str)]
 
 
 def _refuse_pickles(folder: Path) -> None:
@@ -93,36 +107,27 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
-def _count_stored_parameters(folder: Path, facts: ModelFacts) -> int | None:
+def _count_stored_parameters(headers: Header, facts: ModelFacts) -> int | None:
     """Counts the weights in the headers of the safetensors files; None without any, or if they are quantised."""
     count = 0
-    for file in sorted(folder.glob("*.safetensors")):
-        if file.name.startswith("adapter_"):
+    for tensor, entry in headers.items():
+        if tensor == "lm_head.weight" and facts.tie_word_embeddings:
             continue
-        for tensor, entry in _read_header(file).items():
-            if tensor == "__metadata__" or (tensor == "lm_head.weight" and facts.tie_word_embeddings):
-                continue
-            if entry["dtype"] not in _FLOAT_TYPES:
-                return None
-            count += math.prod(entry["shape"])
+        if entry["dtype"] not in _FLOAT_TYPES:
+            return None
+        count += math.prod(entry["shape"])
     return count or None
 
 
-def _read_header(file: Path) -> dict[str, Any]:
-    """Reads the header of a safetensors file: eight bytes of length, then that much JSON."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > _MAX_HEADER_BYTES:
-                raise ValueError(f"header of {length} bytes")
-            header = json.loads(stream.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("header is no mapping")
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the weight file cannot be read ({error})",
-            where=str(file),
-            why="it is cut off or not in safetensors format",
-            fix="copy the model again (git lfs pull, if it is a pointer file)",
-        ) from None
-    return header
+def _compare_shapes(headers: Header, facts: ModelFacts) -> None:
+    """Compares the stored weights with those of the configuration, by name, for families that Forge knows."""
+    for _, weight in iterate_weights(facts) if headers else ():
+        entry = headers.get(f"{weight.module}.{weight.name}", {})
+        if entry.get("dtype") in _FLOAT_TYPES and tuple(entry["shape"]) != weight.shape:
+            raise ModelError(
+                f"{weight.module}.{weight.name} is {entry['shape']} in the weight files and {list(weight.shape)} by "
+                "config.json",
+                where=str(facts.path),
+                why="the weights belong to another configuration (vocab_size, hidden_size, ...)",
+                fix="use config.json and weights of the same model",
+            )

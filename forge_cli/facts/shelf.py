@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 from forge_cli.facts.shape import ModelFacts
 from forge_cli.paths import data_root
 
 
+@cache
 def find_on_shelf(name: str) -> ModelFacts | None:
     """Finds a model by alias (upper and lower case alike) or hub id; None if it is not on the shelf.
 

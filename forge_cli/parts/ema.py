@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -197,6 +197,7 @@ class EMACallback(TrainerCallback):
         self.update_every = update_every
         self.device = None if device == "auto" else device
         self.average: WeightAverage | None = None
+        self.was_skipped: Callable[[], bool] = lambda: False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Copies the trainable weights, or reads the average of the checkpoint that is resumed."""
@@ -216,7 +217,9 @@ class EMACallback(TrainerCallback):
         self._loss_scale = scaler.get_scale() if scaler is not None else 0.0
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        """Updates the average, unless the step was skipped (fp16 overflow)."""
+        """Updates the average, unless the step was skipped (fp16 overflow, or by a guard)."""
+        if self.was_skipped():
+            return
         scaler = getattr(optimizer, "scaler", None)
         if getattr(optimizer, "step_was_skipped", False) or (scaler and scaler.get_scale() < self._loss_scale):
             return

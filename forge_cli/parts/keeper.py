@@ -12,11 +12,14 @@ from typing import Protocol
 import torch
 from safetensors.torch import load_file
 
+from forge_cli.checkpoints.disk import DISK_ERRORS, count_free_bytes, describe_shortage
+from forge_cli.checkpoints.files import Content, count_content
 from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, verify
-from forge_cli.errors import CheckpointError
+from forge_cli.errors import CheckpointError, MachineError
 from forge_cli.parts.state import copy_to_host, find_non_finite, flatten, list_bytes, unflatten
 
 STATE_FILE = "state.json"
+MOST_MISSED = 3
 
 
 class Stateful(Protocol):
@@ -27,6 +30,20 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes up a state."""
+
+
+class MissedSave(Exception):
+    """A checkpoint that the disk did not take.
+
+    Args:
+        what: What happened.
+        needed_bytes: Size of the checkpoint.
+        root: Where it was to go.
+    """
+
+    def __init__(self, what: str, needed_bytes: int, root: Path) -> None:
+        self.text = describe_shortage(needed_bytes, root, what)
+        super().__init__(self.text)
 
 
 class Keeper:
@@ -52,6 +69,7 @@ class Keeper:
         self.say = say
         self.in_background = in_background
         self.latest: Checkpoint | None = None
+        self.num_missed = 0
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._has_proved = False
@@ -76,8 +94,7 @@ class Keeper:
             wait: Come back when it is on the disk.
 
         Raises:
-            CheckpointError: A tensor is not finite, or the first checkpoint cannot be read back.
-            OSError: The save before this one failed, or this one with ``wait``.
+            ForgeError, OSError: As :meth:`finish`, for the save before this one, and for this one with ``wait``.
         """
         self.finish()
         flat = {name: flatten(tree) for name, tree in trees.items()}
@@ -91,33 +108,83 @@ class Keeper:
         def write() -> Checkpoint:
             for name, tensors in copied.items():
                 _refuse_non_finite(step, name, tensors)
-            return self.store.write(step, content, eval_loss=eval_loss, **self.about)
+            return self._write(step, content, eval_loss)
 
         if wait:
-            self.latest = write()
-            self._prove(self.latest)
+            self._run(write)
+            self.finish()
         else:
             self._thread = threading.Thread(target=self._run, args=(write,), name="forge-checkpoint")
             self._thread.start()
 
+    def _write(self, step: int, content: Content, eval_loss: float | None) -> Checkpoint:
+        """Writes a checkpoint, or says what it needs.
+
+        Raises:
+            MissedSave: The disk does not take it; earlier checkpoints are untouched.
+        """
+        needed_bytes, root = count_content(content), self.store.root
+        try:
+            if count_free_bytes(root) < needed_bytes:
+                self.store.clear_leftovers()
+            if count_free_bytes(root) < needed_bytes:
+                raise MissedSave(f"the checkpoint of step {step} does not fit", needed_bytes, root)
+            return self.store.write(step, content, eval_loss=eval_loss, **self.about)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            what = f"the checkpoint of step {step} cannot be written ({error.strerror})"
+            raise MissedSave(what, needed_bytes, root) from error
+
     def _run(self, write: Callable[[], Checkpoint]) -> None:
         try:
             self.latest = write()
+            self.num_missed = 0
         except Exception as error:
             self._error = error
 
     def finish(self) -> None:
-        """Waits for the save in hand.
+        """Waits for the save in hand. One that the disk did not take is said, and the next one tries again.
 
         Raises:
-            OSError: It failed.
+            MachineError: The disk did not take the first save.
+            CheckpointError: It did not take three in a row, or a tensor is not finite.
+            OSError: The save failed for another reason.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
-        if error is not None:
+        if isinstance(error, MissedSave):
+            self._bear(error)
+        elif error is not None:
             raise error
+        elif self.latest is not None and not self._has_proved:
+            self._prove(self.latest)
+
+    def has_saved(self, step: int) -> bool:
+        """Tells whether a step's checkpoint is on the disk."""
+        return self.latest is not None and self.latest.step == step
+
+    def _bear(self, missed: MissedSave) -> None:
+        self.num_missed += 1
+        fix = "make room, or set output_dir to another disk and checkpoint.save_total_limit lower"
+        if self.latest is None and not self.store.list_sound():
+            raise MachineError(
+                missed.text,
+                where=str(self.store.root),
+                why="no checkpoint of this run could ever be saved",
+                fix=fix,
+            )
+        good = self.latest.path.name if self.latest else "the one that the run was resumed from"
+        if self.num_missed >= MOST_MISSED:
+            raise CheckpointError(
+                f"{missed.text}; {self.num_missed} saves in a row were missed",
+                where=str(self.store.root),
+                why=f"whatever is trained on would be lost; the last good checkpoint is {good}",
+                fix=f"{fix}; then resume",
+            )
+        self.say(f"note: {missed.text}; training goes on, {good} is whole, the next save tries again")
 
     def _prove(self, checkpoint: Checkpoint) -> None:
         """Reads the first checkpoint back: what is wrong with the disk or the tensors is found in the first minute."""

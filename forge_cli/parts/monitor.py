@@ -1,17 +1,14 @@
-"""Watches a run: every step's loss and gradient norm, norms per layer, alarms, and a stop before a bad update.
+"""Watches a run: every step's loss and gradient norm, norms per layer, alarms, and no bad update.
 
-What is measured stays on the device until a logging step reads all of it at once. The one exception is the question
-whether the gradient is finite, which has to be answered before each optimizer step.
+What is measured stays on the device until a logging step reads all of it at once. The one exception is a step's loss
+and gradient norm, which have to be judged before its update: one transfer of two numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,32 +16,26 @@ import torch
 from transformers import TrainerCallback
 
 from forge_cli.errors import DivergedError
+from forge_cli.parts.guard import Guard, Verdict
 from forge_cli.parts.layers import ParameterGroups, measure_norms
 from forge_cli.parts.memory import MemoryCallback
+from forge_cli.parts.step_records import append_record, pick_rewards, read_steps
 
 Record = dict[str, object]
-MOST_OVERFLOWS = 20
-SPIKE_FLOOR = 0.1  # nats: what has been learned to the letter jumps by factors without meaning anything
-
-
-def pick_rewards(metrics: Mapping[str, object]) -> Record:
-    """Picks the rewards and log probabilities of better and worse answers, with ``eval_`` before their names or not."""
-    return {name: value for name, value in metrics.items() if "rewards/" in name or "logps/" in name}
 
 
 class MonitorCallback(TrainerCallback):
-    """Records every optimizer step and stops the run before a non-finite update.
+    """Records every optimizer step and lets no non-finite update happen.
 
-    With a plain ``transformers.Trainer`` it sees gradients after clipping and losses when they are logged; inside
-    Forge's own trainer it is handed each micro step's loss and each step's norms before clipping.
-
-    A gradient scaler (fp16) may skip steps that overflow; such steps are marked ``skipped``, and 20 of them in a row
-    stop the run.
+    With a plain ``transformers.Trainer`` it sees gradients after clipping and losses when they are logged, and stops
+    at the first step that is not finite, as nothing there could go back. Inside Forge's own trainer it is handed each
+    micro step's loss and each step's norms before clipping, and a guard with more patience.
 
     Args:
         check_gradients: Record norms per layer group and look for tensors without gradient.
         spike_ratio: Alarm when a loss exceeds this many times the running median; ``None`` raises no alarms at all.
         spike_window: Steps the median looks back; no spike alarm before it is full.
+        guard: Judges steps; has its own ratio and window. ``None`` warns of spikes and stops at what is not finite.
         metrics_path: JSON-lines file to append to; ``None`` keeps records in memory only.
         on_record: Called with every record, in order.
         name_rows: Writes where rows stand.
@@ -57,13 +48,16 @@ class MonitorCallback(TrainerCallback):
         *,
         spike_ratio: float | None = 3.0,
         spike_window: int = 50,
+        guard: Guard | None = None,
         metrics_path: Path | None = None,
         on_record: Callable[[Record], None] | None = None,
         name_rows: Callable[[Sequence[int]], list[str]] | None = None,
         memory: MemoryCallback | None = None,
     ) -> None:
         self.check_gradients = check_gradients
-        self.spike_ratio = spike_ratio
+        self.guard = guard or Guard("warn", spike_ratio, spike_window)
+        self.is_skipped = False
+        self.rollback_reason = ""
         self.metrics_path = metrics_path
         self.on_record = on_record
         self.name_rows = name_rows or _number_rows
@@ -74,9 +68,7 @@ class MonitorCallback(TrainerCallback):
         self.step_seconds = 0.0
         self.rows_digest = ""
         self._groups: ParameterGroups | None = None
-        self._recent_losses: deque[float] = deque(maxlen=spike_window)
         self._pending: list[dict] = []
-        self._num_overflows = 0
         self._last_time = 0.0
         self._clear_step()
 
@@ -112,16 +104,18 @@ class MonitorCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Turns the NaN filter off (it shows NaN as 0) and notes which parameters are trained."""
         args.logging_nan_inf_filter = False
+        # After going back: the steps since are made again, and only what happened in them is kept.
+        self.records = [one for one in self.records if one["step"] <= state.global_step or "alarm" in one]
         self._groups = ParameterGroups(model)
         self._pending = []
         self._clear_step()
         self._last_time = time.perf_counter()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, lr_scheduler=None, **kwargs):
-        """Stops before the update if the loss or the gradient is not finite.
+        """Takes the gradients away if the update is to be skipped: optimizers leave alone what has none.
 
         Raises:
-            DivergedError: It is not; names the step, the tensors and the rows.
+            DivergedError: The guard has no patience left; names the step, the tensors and the rows.
         """
         step = state.global_step + 1
         norms, total = self._step_norms or measure_norms(self._groups)
@@ -129,11 +123,8 @@ class MonitorCallback(TrainerCallback):
             self._check_missing_gradients(step)
         loss = self._step_loss
         entry = {"step": step, "loss": loss, "norms": norms, "total": total, "tokens": self._step_tokens}
-        if not torch.isfinite(total if loss is None else total + loss.to(total.device)):
-            self._judge_overflow(step, norms, loss, has_scaler=getattr(optimizer, "scaler", None) is not None)
+        if self._judge_step(step, norms, total, has_scaler=getattr(optimizer, "scaler", None) is not None):
             entry["skipped"] = True
-        else:
-            self._num_overflows = 0
         if lr_scheduler is not None:
             entry["learning_rate"] = lr_scheduler.get_last_lr()[0]
         self._pending.append(entry)
@@ -188,14 +179,13 @@ class MonitorCallback(TrainerCallback):
     def state_dict(self) -> dict[str, object]:
         """Returns what later steps are judged and counted by; everything measured is written first."""
         self.flush()
-        names = ("num_tokens", "step_seconds", "_num_overflows", "rows_digest")
-        return {**{name: getattr(self, name) for name in names}, "_recent_losses": list(self._recent_losses)}
+        names = ("num_tokens", "step_seconds", "rows_digest")
+        return {**{name: getattr(self, name) for name in names}, "guard": self.guard.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Takes up a state."""
         values = dict(state)
-        self._recent_losses.clear()
-        self._recent_losses.extend(values.pop("_recent_losses"))
+        self.guard.load_state_dict(values.pop("guard"))
         for name, value in values.items():
             setattr(self, name, value)
 
@@ -209,23 +199,10 @@ class MonitorCallback(TrainerCallback):
         pending, self._pending = self._pending, []
         if not pending:
             return
-        device = pending[0]["total"].device
-        blank = torch.full((), math.nan, device=device)
-        columns = [
-            torch.stack([p["total"], blank if p["loss"] is None else p["loss"].to(device, torch.float32)])
-            for p in pending
-        ]
-        group_norms = None
-        if self.check_gradients:
-            squares = torch.stack([p["norms"] for p in pending]) ** 2
-            index = self._groups.index.to(device)
-            group_norms = torch.zeros(len(pending), len(self._groups.labels), device=device)
-            columns.append(group_norms.index_add_(1, index, squares).sqrt().flatten())
-        flat = torch.cat([column.flatten() for column in columns]).tolist()
-        for place, entry in enumerate(pending):
-            total, loss = flat[2 * place : 2 * place + 2]
-            record: Record = {"step": entry["step"], "loss": loss if entry["loss"] is not None else None}
-            record["grad_norm"] = total
+        index = self._groups.index if self.check_gradients else None
+        pairs, group_norms = read_steps(pending, index, len(self._groups.labels))
+        for entry, (total, loss) in zip(pending, pairs, strict=True):
+            record: Record = {"step": entry["step"], "loss": loss, "grad_norm": total}
             if entry.get("skipped"):
                 record["skipped"] = True
             record["learning_rate"] = entry.get("learning_rate")
@@ -236,10 +213,8 @@ class MonitorCallback(TrainerCallback):
             record |= entry.get("rewards", {})
             self.num_tokens += entry["tokens"]
             self.step_seconds += seconds
-            if self.check_gradients and place == len(pending) - 1:
-                width = len(self._groups.labels)
-                start = 2 * len(pending) + place * width
-                record["group_norms"] = dict(zip(self._groups.labels, flat[start : start + width], strict=True))
+            if self.check_gradients and entry is pending[-1]:
+                record["group_norms"] = dict(zip(self._groups.labels, group_norms[-1], strict=True))
                 record["peak_memory_bytes"] = self.memory.peak_bytes()
             self._write(record)
             if not entry.get("skipped"):
@@ -247,7 +222,7 @@ class MonitorCallback(TrainerCallback):
 
     def _judge(self, step: int, loss: object, total: float) -> None:
         """Raises the alarms that need values; the running median never contains a spike's own value."""
-        if self.spike_ratio is None:
+        if self.guard.spike_ratio is None:
             return
         if total == 0:
             self.alarm(step, "zero_gradient", "the gradient norm is exactly 0: nothing is learned")
@@ -255,43 +230,55 @@ class MonitorCallback(TrainerCallback):
             return
         if loss == 0:
             self.alarm(step, "zero_loss", "the loss is exactly 0: are all labels masked?")
-        if len(self._recent_losses) == self._recent_losses.maxlen:
-            median = statistics.median(self._recent_losses)
-            if loss > max(self.spike_ratio * median, SPIKE_FLOOR):
-                text = f"the loss {loss:.4g} is {loss / median:.1f} times its running median {median:.4g}"
+        if self.guard.on_spike == "warn":
+            if text := self.guard.find_spike(loss, total):
                 self.alarm(step, "spike", text)
-        self._recent_losses.append(loss)
+            self.guard.take(loss, total)
 
     def _check_missing_gradients(self, step: int) -> None:
         missing = [name for name, p in zip(self._groups.names, self._groups.parameters, strict=True) if p.grad is None]
-        if missing and self.spike_ratio is not None:
+        if missing and self.guard.spike_ratio is not None:
             shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             self.alarm(step, "no_gradient", f"{len(missing)} trainable tensors got no gradient: {shown}")
 
-    def _judge_overflow(self, step: int, norms: torch.Tensor, loss: torch.Tensor | None, *, has_scaler: bool) -> None:
-        """Lets a gradient scaler skip the steps it expects to overflow, a few in a row; everything else stops.
+    def _judge_step(self, step: int, norms: torch.Tensor, total: torch.Tensor, *, has_scaler: bool) -> bool:
+        """Asks the guard before the update and does what it says; returns whether the step is skipped."""
+        loss = self._step_loss
+        if loss is not None and self._step_tokens == 0:
+            self.is_skipped = True  # all rows were left out
+            return True
+        values = [total] if loss is None else [total, loss.to(total.device, total.dtype)]
+        norm, value = [*torch.stack(values).tolist(), None][:2]
+        verdict, reason = self.guard.judge(value, norm, self._step_rows, has_scaler=has_scaler, device=total.device)
+        self.is_skipped = verdict >= Verdict.SKIP
+        if self.is_skipped:
+            self._skip(step, verdict, reason, norms, value)
+        return verdict > Verdict.ACCEPT
 
-        The scale starts at 2^16 and is halved at each overflow: after 20 it is below 1 and was not the cause.
-        """
-        self._num_overflows += 1
-        is_loss_finite = loss is None or bool(torch.isfinite(loss))
-        if not (has_scaler and is_loss_finite) or self._num_overflows > MOST_OVERFLOWS:
-            self._stop(step, norms, loss)
-
-    def _stop(self, step: int, norms: torch.Tensor, loss: torch.Tensor | None) -> None:
+    def _skip(self, step: int, verdict: Verdict, reason: str, norms: torch.Tensor, loss: float | None) -> None:
         self.flush()
+        for parameter in self._groups.parameters:
+            parameter.grad = None
         bad = [name for name, norm in zip(self._groups.names, norms.tolist(), strict=True) if not math.isfinite(norm)]
         rows = sorted(set(self._step_rows))
-        value = "unknown" if loss is None else f"{loss.item():g}"
-        self._write({"step": step, "diverged": True, "loss": value, "rows": rows, "tensors": bad[:20]})
         where = ", ".join([*self.name_rows(rows[:16]), *(["..."] if len(rows) > 16 else [])])
-        named = f"; first tensor: {bad[0]}" if bad else ""
-        raise DivergedError(
-            f"step {step}: the loss is {value} and {len(bad)} of {len(norms)} gradients are not finite{named}",
-            where=where,
-            why="the update was not made, and the weights are those of the step before",
-            fix="look at these rows, lower training.learning_rate, or use training.precision: bf16 or fp32",
-        )
+        if bad:
+            reason += f", {len(bad)} of {len(norms)} gradients are not finite; first tensor: {bad[0]}"
+        value = "unknown" if loss is None else f"{loss:g}"
+        record: Record = {"step": step, "rows": rows, "tensors": bad[:20]}
+        if verdict is Verdict.STOP:
+            self._write({**record, "loss": value, "diverged": True})
+            raise DivergedError(
+                f"step {step}: {reason}",
+                where=where,
+                why="the update was not made, and the weights are those of the step before",
+                fix="look at these rows, lower training.learning_rate, or use training.precision: bf16 or fp32",
+            )
+        message = f"{reason}; the update is skipped; {where}"
+        self.alarms.append({**record, "skipped": True, "alarm": "skipped", "message": message})
+        self._write(self.alarms[-1])
+        if verdict is Verdict.ROLL_BACK:
+            self.rollback_reason = f"step {step}: {reason}; the rows of the skipped steps are left out from now on"
 
     def alarm(self, step: int, kind: str, message: str) -> None:
         """Records an alarm."""
@@ -302,16 +289,10 @@ class MonitorCallback(TrainerCallback):
     def _write(self, record: Record) -> None:
         self.records.append(record)
         if self.metrics_path is not None:
-            with self.metrics_path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({k: _as_json(v) for k, v in record.items()}) + "\n")
+            append_record(self.metrics_path, record)
         if self.on_record is not None:
             self.on_record(record)
 
 
 def _number_rows(rows: Sequence[int]) -> list[str]:
     return [f"row {row}" for row in rows]
-
-
-def _as_json(value: object) -> object:
-    """JSON has no NaN; a lost value is written as text rather than as an invalid file."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

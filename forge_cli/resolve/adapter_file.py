@@ -6,11 +6,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from forge_cli.errors import ConfigError
+from forge_cli.errors import ConfigError, ModelError
+from forge_cli.facts.shape import ModelFacts
+from forge_cli.facts.weight_files import read_header
+from forge_cli.facts.weights import iterate_weights
 from forge_cli.resolve.wording import printable
 from forge_cli.resolve.yaml_reader import Document, read_bytes
 
 FILE = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
+_PREFIX = "base_model.model."
 # What an adapter's weights fix; dropout and how it starts are a matter of the run.
 _FIXED = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
 
@@ -62,3 +68,46 @@ def find_adapter(documents: Sequence[Document]) -> Document | None:
     except ConfigError:  # a rule says what is wrong with it
         return None
     return Document(printable(str(Path(named[-1]) / FILE)), {"lora": values}, {})
+
+
+def check_adapter_weights(folder: str, facts: ModelFacts | None) -> None:
+    """Compares the header of an adapter's weights with its configuration and with the model; reads no weight.
+
+    Args:
+        folder: The adapter.
+        facts: The model; ``None`` if its shape is not known.
+
+    Raises:
+        ModelError: They are pickled or damaged, or belong to another rank or model.
+    """
+    place = Path(folder).expanduser()
+    try:
+        rank = read_adapter_config(folder).get("r")
+    except ConfigError:  # a rule says what is wrong with it
+        return
+    if not (place / WEIGHTS).is_file():
+        if (place / _PICKLED).is_file():
+            raise ModelError(
+                f"the adapter's weights are pickled ({_PICKLED})",
+                where=folder,
+                why="loading a pickle can run any code; Forge reads safetensors only",
+                fix=f"save the adapter again with save_pretrained, which writes {WEIGHTS}",
+            )
+        return  # said when it is loaded
+    weights = {weight.module: weight.shape for _, weight in iterate_weights(facts)} if facts else {}
+    for name, entry in read_header(place / WEIGHTS).items():
+        module, part, _ = name.removeprefix(_PREFIX).rpartition(".lora_")
+        if not part or len(entry["shape"]) != 2:
+            continue
+        side, inner = entry["shape"] if name.endswith("lora_B.weight") else reversed(entry["shape"])
+        fits = side in weights.get(module, (side,))
+        if not fits:
+            what = f"{module} has sides {list(weights[module])} in the model and {side} in the adapter"
+            raise _misfit(what, folder, "name the model that the adapter was trained on")
+        if isinstance(rank, int) and inner != rank and not read_adapter_config(folder).get("rank_pattern"):
+            what = f"{name} has rank {inner} in {WEIGHTS} and r is {rank} in {FILE}"
+            raise _misfit(what, folder, "copy the adapter again")
+
+
+def _misfit(what: str, folder: str, fix: str) -> ModelError:
+    return ModelError(what, where=folder, why="its weights would not fit", fix=fix)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ from forge_cli.resolve.rules_preference import PREFERENCE_RULES, warn_about_pref
 from forge_cli.resolve.rules_training import TRAINING_RULES, warn_about_ema
 from forge_cli.resolve.rules_weights import WEIGHT_RULES
 from forge_cli.resolve.scene import Clash, Scene
+from forge_cli.resolve.wording import printable
 
 if TYPE_CHECKING:
     from forge_cli.resolve.effect import Idle
@@ -52,6 +55,17 @@ def find_warnings(scene: Scene) -> Iterator[str]:
     """Finds what is allowed but probably not meant."""
     yield from warn_about_ema(scene.spec, scene.spec.training.max_steps)
     yield from warn_about_preferences(scene.spec)
+    yield from _warn_about_permissions(scene.layers.source)
+
+
+def _warn_about_permissions(source: str) -> Iterator[str]:
+    """Warns of a run file that anybody on the machine may change between check and run."""
+    try:
+        is_open = os.stat(source).st_mode & stat.S_IWOTH
+    except (OSError, ValueError):  # settings of a Python caller
+        return
+    if is_open:
+        yield f"{printable(source)} can be changed by every user of this machine; type `chmod o-w` and its name"
 
 
 RULES: tuple[Rule, ...] = (find_idle_settings, *WEIGHT_RULES, *DATA_RULES, *TRAINING_RULES, *PREFERENCE_RULES)

@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 
 from forge_cli.errors import ConfigError, Problem
 from forge_cli.paths import data_root
+from forge_cli.redaction import holds_secret
 from forge_cli.resolve.adapter_file import find_adapter
 from forge_cli.resolve.schema_tree import find_sections, is_on_by_default, is_optional, iterate_leaves
-from forge_cli.resolve.wording import holds_secret, printable, show
+from forge_cli.resolve.wording import printable, show
 from forge_cli.resolve.yaml_reader import Document, KeyPath, read_value, read_yaml
 
 Kind = Literal["default", "preset", "recipe", "adapter", "file", "set"]
@@ -285,8 +286,8 @@ def _refuse_secrets(layers: Layers, layer: _Layer, value: object, path: KeyPath)
     if isinstance(value, str) and holds_secret(value):
         dotted = ".".join(printable(str(part)) for part in path)
         what = f"{show(value)} looks like an access token or a password"
-        why = "run files are copied into run folders and shared"
-        fix = "remove it, revoke it, and use the environment (HF_TOKEN)"
+        why = "secrets do not belong in run files, which are copied and shared"
+        fix = "remove it, revoke it, and set HF_TOKEN in the environment"
         layers.problems.append(Problem(layer.where(path), dotted, what, why, fix))
         layers.broken.add(".".join(str(part) for part in path if isinstance(part, str)))
     elif isinstance(value, dict):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from forge_cli.errors import ConfigError, ForgeError, Problem
 from forge_cli.facts.layer_count import count_frozen_layers
+from forge_cli.resolve.adapter_file import check_adapter_weights
 from forge_cli.resolve.contradictions import find_contradictions, find_warnings
 from forge_cli.resolve.effect import NOT_TRAINING, list_effective
 from forge_cli.resolve.layers import Layers, Origin, stack_layers
@@ -26,8 +26,7 @@ _PLACEHOLDERS = {"model.name": "unknown", "data.train": "unknown"}
 _PYTHON = "settings"
 
 
-@dataclass(frozen=True)
-class Derived:
+class Derived(NamedTuple):
     """What follows from the settings.
 
     Attributes:
@@ -43,8 +42,7 @@ class Derived:
     reasons: Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One run, decided.
 
     Attributes:
@@ -113,7 +111,13 @@ def _resolve(document: Document, overrides: Sequence[str]) -> Plan:
             facts = _find_facts(spec, layers)
         except ForgeError as error:
             model_error = error
-            problems.extend(_locate(error, layers))
+            problems.extend(_locate(error, layers, "model.name"))
+        if spec.model.adapter and "model.adapter" not in layers.broken:
+            try:
+                check_adapter_weights(spec.model.adapter, facts)
+            except ForgeError as error:
+                model_error = model_error or error
+                problems.extend(_locate(error, layers, "model.adapter"))
         scene = Scene(spec, facts, layers)
         problems.extend(find_contradictions(scene))
     if problems or spec is None:
@@ -164,13 +168,13 @@ def _find_facts(spec: RunSpec, layers: Layers) -> ModelFacts | None:
         raise ConfigError(f"{show(spec.model.name)} is not a folder name", fix="name a folder that exists") from None
 
 
-def _locate(error: ForgeError, layers: Layers) -> list[Problem]:
-    """Places what is wrong with the model at the line that names it."""
-    where = layers.history["model.name"][-1].where
+def _locate(error: ForgeError, layers: Layers, path: str) -> list[Problem]:
+    """Places what is wrong with the model or the adapter at the line that names it."""
+    where = layers.history[path][-1].where
     found = []
     for one in error.problems:
         what = f"{one.what} ({one.where})" if one.where else one.what
-        found.append(Problem(where, "model.name", what, one.why, one.fix))
+        found.append(Problem(where, path, what, one.why, one.fix))
     return found
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from forge_cli.facts.families import find_family
 from forge_cli.facts.layer_count import count_frozen_layers, read_share
+from forge_cli.facts.weights import is_named, iterate_weights
 from forge_cli.resolve.scene import Clash, Scene
-from forge_cli.resolve.wording import show
+from forge_cli.resolve.wording import printable, show
 
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 
@@ -102,6 +104,24 @@ def check_lora_targets(scene: Scene) -> Iterator[Clash]:
         yield Clash((*paths, "lora.modules_to_save"), what, "name each module in one of the lists")
 
 
+def check_target_names(scene: Scene) -> Iterator[Clash]:
+    """Every name stands for a module of the model; judged where Forge knows all of them."""
+    lora, facts = scene.spec.lora, scene.facts
+    if lora is None or facts is None or facts.num_other_parameters or find_family(facts) is None:
+        return
+    modules = {weight.module: weight.kind for _, weight in iterate_weights(facts) if weight.kind != "norm"}
+    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
+    for path, names in (("lora.target_modules", targets), ("lora.modules_to_save", lora.modules_to_save)):
+        strangers = [name for name in names if not any(is_named(module, [name]) for module in (*modules, "lm_head"))]
+        if strangers:
+            known = dict.fromkeys(one.rpartition(".")[2] for one, kind in modules.items() if kind == "linear")
+            if path == "lora.modules_to_save":
+                known = {"embed_tokens": None, "lm_head": None}
+            what = f"{', '.join(map(printable, strangers))} matches no module of {printable(scene.spec.model.name)}"
+            fix = f"this model has {', '.join(known)}"
+            yield Clash((path, "model.name"), what, fix, why="what is placed nowhere trains nothing")
+
+
 def check_lora_start(scene: Scene) -> Iterator[Clash]:
     """An orthogonal start splits the rank in two halves."""
     lora = scene.spec.lora
@@ -138,6 +158,7 @@ WEIGHT_RULES = (
     check_freeze,
     check_frozen_embeddings,
     check_lora_targets,
+    check_target_names,
     check_lora_start,
     check_number_formats,
 )

@@ -53,8 +53,17 @@ def describe_type(annotation: object) -> str:
     return " or ".join(parts)
 
 
+def _list_metadata(annotation: object) -> list[object]:
+    """Lists what is said about the members of a union and the items of a list."""
+    own = getattr(annotation, "__metadata__", ())
+    return [one for said in own for one in getattr(said, "metadata", ())] + [
+        one for inner in get_args(annotation) for one in _list_metadata(inner)
+    ]
+
+
 def describe_range(one: FieldInfo) -> str:
     """Says which numbers a field allows: ``more than 0, at most 1``; empty when all."""
     words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
-    limits = [(word, getattr(item, name, None)) for name, word in words.items() for item in one.metadata]
+    metadata = [*one.metadata, *_list_metadata(one.annotation)]
+    limits = [(word, getattr(item, name, None)) for name, word in words.items() for item in metadata]
     return " and ".join(f"{word} {show(limit)}" for word, limit in limits if limit is not None)

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from forge_cli.redaction import printable
+
+__all__ = ["printable", "shorten", "show", "show_float"]
 
 _LONGEST = 60
-# Prefixes that services print on their keys, and a password inside a URL.
-_SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{8,}|sk-[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{12,}|gh[pousr]_[A-Za-z0-9]{16,}"
-    r"|github_pat_[A-Za-z0-9_]{16,}|xox[abprs]-[A-Za-z0-9-]{8,})|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)"
-)
-
-
-def holds_secret(text: str) -> bool:
-    """Tells whether a text holds something that looks like an access token or a password."""
-    return _SECRET.search(text) is not None
-
-
-def printable(text: str) -> str:
-    """Masks secrets and escapes control characters, so that a text can be shown in a terminal."""
-    masked = _SECRET.sub("***", text)
-    return masked if masked.isprintable() else "".join(one if one.isprintable() else ascii(one)[1:-1] for one in masked)
 
 
 def shorten(text: str) -> str:

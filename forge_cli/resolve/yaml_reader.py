@@ -90,7 +90,7 @@ def _near_file(path: Path) -> str:
     from forge_cli.resolve.nearness import find_near_file
 
     near = find_near_file(path)
-    return f"did you mean {near}?" if near else ""
+    return f"did you mean {near}?" if near else "check the path; it is taken relative to the working directory"
 
 
 def _too_big(file: str, size_bytes: int) -> ConfigError:

@@ -42,14 +42,11 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str, system_prompt: 
     target = folder.path / name
     partial = folder.path / (name + PARTIAL_SUFFIX)
     shutil.rmtree(partial, ignore_errors=True)
-    use_cache, model.config.use_cache = model.config.use_cache, True
     try:
-        model.save_pretrained(partial, **_save_options(model))
-    finally:
-        model.config.use_cache = use_cache
-    faults.reach(f"export:{name}")
-    tokenizer.save_pretrained(partial)
-    _save_asking(model, tokenizer, partial, system_prompt)
+        _write_files(model, tokenizer, partial, name, system_prompt)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for path in partial.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -63,6 +60,17 @@ def save_weights(model, tokenizer, folder: RunFolder, name: str, system_prompt: 
         os.fsync(descriptor)
         os.close(descriptor)
     return target
+
+
+def _write_files(model, tokenizer, partial: Path, name: str, system_prompt: str | None) -> None:
+    use_cache, model.config.use_cache = model.config.use_cache, True
+    try:
+        model.save_pretrained(partial, **_save_options(model))
+    finally:
+        model.config.use_cache = use_cache
+    faults.reach(f"export:{name}")
+    tokenizer.save_pretrained(partial)
+    _save_asking(model, tokenizer, partial, system_prompt)
 
 
 def _save_asking(model, tokenizer, partial: Path, system_prompt: str | None) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.resolve.plan import Plan
 from forge_cli.run.reporter import Reporter
@@ -39,6 +37,6 @@ def _estimate_saved_bytes(plan: Plan) -> int:
     """Estimates what freezing saves at the peak of a step; 0 where the model's shape is not known."""
     with_freeze = estimate_from_plan(plan)
     spec = plan.spec.model_copy(update={"freeze": None})
-    derived = replace(plan.derived, num_frozen_layers=0)
-    without = estimate_from_plan(replace(plan, spec=spec, derived=derived))
+    derived = plan.derived._replace(num_frozen_layers=0)
+    without = estimate_from_plan(plan._replace(spec=spec, derived=derived))
     return without.total_bytes - with_freeze.total_bytes if with_freeze and without else 0

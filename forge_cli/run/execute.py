@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from forge_cli.data.hub import hub_or_copies
+from forge_cli.parts.stop_request import StopRequest
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.run.folder import PLAN_FILE, RunFolder, create_run_folder, find_run, open_run_folder, write_atomic
 from forge_cli.run.preflight import check_memory
 from forge_cli.run.process import check_packages, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
 from forge_cli.run.resume import ResumePoint, compare_data, compare_plans, find_resume_point
+from forge_cli.run.signals import SignalListener
+from forge_cli.run.watchdog import crash_stacks
 
 if TYPE_CHECKING:
     from forge_cli.build.data import PreparedData
@@ -59,6 +62,7 @@ def train(
     force: bool = False,
     resume: Resuming | None = None,
     reporter: Reporter | None = None,
+    stop_on_usr1: bool = False,
 ) -> RunResult:
     """Trains what a run file says: ``forge train`` for Python.
 
@@ -69,6 +73,7 @@ def train(
         force: Train even if the GPU is estimated to be too small.
         resume: Go on with the run of this file that was stopped, and what may have changed since.
         reporter: Receives progress; plain lines on stderr by default.
+        stop_on_usr1: SIGUSR1 saves and stops; else it saves, and the run goes on.
 
     Returns:
         Where the run's files are, and its report.
@@ -85,8 +90,9 @@ def train(
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     check_memory(plan, resolve, reporter.say, force=force)
     if resume is not None:
-        return resume_plan(find_run(plan.spec.output_dir, plan.spec.name, run_file.stem), plan, resume, reporter)
-    return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem)
+        path = find_run(plan.spec.output_dir, plan.spec.name, run_file.stem)
+        return resume_plan(path, plan, resume, reporter, stop_on_usr1=stop_on_usr1)
+    return train_plan(plan, overwrite=overwrite, reporter=reporter, stem=run_file.stem, stop_on_usr1=stop_on_usr1)
 
 
 def resume_run(
@@ -96,6 +102,7 @@ def resume_run(
     how: Resuming | None = None,
     force: bool = False,
     reporter: Reporter | None = None,
+    stop_on_usr1: bool = False,
 ) -> RunResult:
     """Goes on with a run that was stopped: ``forge resume`` for Python.
 
@@ -105,6 +112,7 @@ def resume_run(
         how: What may have changed.
         force: As for :func:`train`.
         reporter: As for :func:`train`.
+        stop_on_usr1: As for :func:`train`.
 
     Raises:
         ForgeError: Of any kind; its exit code tells which.
@@ -119,11 +127,16 @@ def resume_run(
     plan = resolve()
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     check_memory(plan, resolve, reporter.say, force=force)
-    return resume_plan(path, plan, how or Resuming(), reporter)
+    return resume_plan(path, plan, how or Resuming(), reporter, stop_on_usr1=stop_on_usr1)
 
 
 def train_plan(
-    plan: Plan, *, overwrite: bool = False, reporter: Reporter | None = None, stem: str = "run"
+    plan: Plan,
+    *,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+    stem: str = "run",
+    stop_on_usr1: bool = False,
 ) -> RunResult:
     """Trains a resolved plan (see :func:`train`), without a look at the GPU's memory."""
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
@@ -133,10 +146,10 @@ def train_plan(
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
     reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
     reporter.say(note)
-    return _carry_out(plan, folder, reporter, None)
+    return _carry_out(plan, folder, reporter, None, Resuming(), SignalListener(stop_on_usr1=stop_on_usr1))
 
 
-def resume_plan(path: Path, plan: Plan, how: Resuming, reporter: Reporter) -> RunResult:
+def resume_plan(path: Path, plan: Plan, how: Resuming, reporter: Reporter, *, stop_on_usr1: bool = False) -> RunResult:
     """Goes on with a run under a resolved plan (see :func:`resume_run`)."""
     check_packages(plan.spec)
     note = prepare_process()
@@ -152,24 +165,31 @@ def resume_plan(path: Path, plan: Plan, how: Resuming, reporter: Reporter) -> Ru
     reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
     for line in (note, *point.notes, *(f"changed: {change}" for change in changes)):
         reporter.say(line)
-    return _carry_out(plan, folder, reporter, point, how)
+    return _carry_out(plan, folder, reporter, point, how, SignalListener(stop_on_usr1=stop_on_usr1))
 
 
 def _carry_out(
-    plan: Plan, folder: RunFolder, reporter: Reporter, point: ResumePoint | None, how: Resuming | None = None
+    plan: Plan,
+    folder: RunFolder,
+    reporter: Reporter,
+    point: ResumePoint | None,
+    how: Resuming,
+    listener: SignalListener,
 ) -> RunResult:
     spec = plan.spec
     try:
-        with translated_errors(folder.log):
+        with translated_errors(folder.log), listener.listening() as stop, crash_stacks(folder.log.parent):
             reporter.say("loading torch and transformers ...")
             with library_logs(folder.log), hub_or_copies(spec, reporter.say):
-                return _train(plan, folder, reporter, point, how or Resuming())
+                return _train(plan, folder, reporter, point, how, stop)
     finally:
         reporter.finish()
         folder.settle()
 
 
-def _train(plan: Plan, folder: RunFolder, reporter: Reporter, point: ResumePoint | None, how: Resuming) -> RunResult:
+def _train(
+    plan: Plan, folder: RunFolder, reporter: Reporter, point: ResumePoint | None, how: Resuming, stop: StopRequest
+) -> RunResult:
     """The run itself. Data comes first: what is wrong with it is said before any weight is read."""
     from forge_cli.build.adapter import prepare_trainable
     from forge_cli.build.compute import choose_compute
@@ -203,7 +223,7 @@ def _train(plan: Plan, folder: RunFolder, reporter: Reporter, point: ResumePoint
     before = examination.answer(model)
     trainer, reference = build_trainer(plan, folder, reporter, model, tokenizer, data, compute, memory)
     prove_sequences(plan, trainer, compute, reporter)
-    training = run_training(plan, folder, trainer, reporter, point)
+    training = run_training(plan, folder, trainer, reporter, point, stop)
     release_reference(trainer)
 
     if trainer.ema:

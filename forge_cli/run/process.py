@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from forge_cli.errors import ForgeError, MachineError, MemoryExceeded, Stopped
+from forge_cli.parts.stop_request import Interrupt
+from forge_cli.redaction import printable_lines
+from forge_cli.run.signals import describe_interrupt
 from forge_cli.schema.runspec import RunSpec
 
 
@@ -61,13 +64,20 @@ def check_packages(spec: RunSpec) -> None:
             )
 
 
+class _MaskingFormatter(logging.Formatter):
+    """Keeps secrets and control characters out of the log, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable_lines(super().format(record))
+
+
 @contextlib.contextmanager
 def library_logs(path: Path) -> Iterator[None]:
     """Sends what transformers, TRL, PEFT and ``warnings`` say to a file, so that the terminal stays readable."""
     import transformers
 
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    handler.setFormatter(_MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.disable_progress_bar()
     import datasets
@@ -95,6 +105,8 @@ def translated_errors(log: Path) -> Iterator[None]:
     except ForgeError:
         _write_traceback(log)
         raise
+    except Interrupt as event:
+        raise describe_interrupt(event, log.parent.parent) from None
     except KeyboardInterrupt:
         raise Stopped(
             signal.SIGINT, "stopped by Ctrl-C; what is in the run folder is whole", where=str(log.parent.parent)
@@ -125,4 +137,4 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _write_traceback(log: Path) -> None:
     with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
-        traceback.print_exc(file=file)
+        file.write(printable_lines(traceback.format_exc()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Protocol
 
@@ -32,7 +33,9 @@ class PlainReporter:
     def say(self, text: str) -> None:
         """Writes the line; an empty one says nothing."""
         if text:
-            print(text, file=sys.stderr, flush=True)
+            # Whoever read it may be gone (head, a terminal); the run is not to end with them.
+            with contextlib.suppress(OSError, ValueError):
+                print(text, file=sys.stderr, flush=True)
 
     def start(self, num_steps: int) -> None:
         """Notes how many steps there will be."""

@@ -21,12 +21,14 @@ from forge_cli.errors import CheckpointError, ModelError
 from forge_cli.parts.keeper import Keeper
 from forge_cli.parts.memory import MemoryCallback
 from forge_cli.parts.sequence_test import TOLERANCE_16_BIT, TOLERANCE_FLOAT32, measure_leak
+from forge_cli.parts.stop_request import StopRequest
 from forge_cli.resolve.plan import Plan
 from forge_cli.resolve.rules_training import warn_about_ema
 from forge_cli.run.folder import RunFolder, write_atomic
 from forge_cli.run.report import TrainingFigures
 from forge_cli.run.reporter import Reporter
 from forge_cli.run.resume import ResumePoint
+from forge_cli.run.watchdog import Watchdog, read_limit
 
 if TYPE_CHECKING:
     from forge_cli.backend.watching import WatchedTrainer
@@ -103,7 +105,12 @@ def prove_sequences(plan: Plan, trainer, compute, reporter: Reporter) -> None:
 
 
 def run_training(
-    plan: Plan, folder: RunFolder, trainer: WatchedTrainer, reporter: Reporter, point: ResumePoint | None
+    plan: Plan,
+    folder: RunFolder,
+    trainer: WatchedTrainer,
+    reporter: Reporter,
+    point: ResumePoint | None,
+    stop: StopRequest,
 ) -> TrainingFigures:
     """Trains, with an evaluation before and after; the peak of memory is the training's own.
 
@@ -113,8 +120,11 @@ def run_training(
         trainer: From :func:`build_trainer`.
         reporter: Receives progress.
         point: Where to go on; ``None`` begins at the first step.
+        stop: What signals asked for.
     """
     memory = trainer.monitor.memory
+    watchdog = Watchdog(folder.log.parent, read_limit())
+    trainer.stop, trainer.on_progress = stop, watchdog.mark
     loss_before = _take_up(folder, trainer, point) or trainer.evaluate_now()
     # The trainer's own arithmetic of epochs, batches and accumulation.
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
@@ -127,7 +137,8 @@ def run_training(
     trainer.add_callback(memory)
     memory.mark("preparation")
     began = time.perf_counter()
-    _train_through(trainer, point.checkpoint.path if point else None, reporter)
+    with watchdog.watching():
+        _train_through(trainer, point.checkpoint.path if point else None, reporter)
     seconds = time.perf_counter() - began
     loss_after = trainer.evaluate_now()
     # More than a thousandth: less is what rounding does.

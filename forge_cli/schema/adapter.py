@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from forge_cli.schema.section import Section
+from forge_cli.schema.section import LARGEST_FACTOR, Section
 
 
 class LoraSection(Section):
     """Low-rank adapters, by PEFT. Presence is the switch; without it the whole model is trained."""
 
-    r: int = Field(default=16, ge=1, description="Rank of the adapters.")
-    lora_alpha: float = Field(default=32, gt=0, description="Scale: the update is multiplied by lora_alpha / r.")
+    r: int = Field(default=16, ge=1, le=65_536, description="Rank of the adapters.")
+    lora_alpha: float = Field(
+        default=32, gt=0, le=LARGEST_FACTOR, description="Scale: the update is multiplied by lora_alpha / r."
+    )
     lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
     target_modules: Literal["all-linear"] | list[str] = Field(
         default="all-linear",
@@ -32,7 +34,7 @@ class LoraSection(Section):
 class FreezeSection(Section):
     """Layers that are not trained, counted as decoder layers from the input. Presence is the switch."""
 
-    first: int | str | None = Field(
+    first: Annotated[int, Field(ge=0, le=100_000)] | str | None = Field(
         default=None, description='How many of the first decoder layers stay frozen: a count (16) or a share ("50%").'
     )
     embeddings: bool | None = Field(

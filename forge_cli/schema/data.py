@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from forge_cli.schema.section import Section
+from forge_cli.schema.section import MOST_ROWS, MOST_TOKENS, Section
 
 Format = Literal[
     "auto",
@@ -30,7 +30,9 @@ class Source(Section):
         "hf://org/name@revision (also org/name/subset), or forge:NAME.",
     )
     split: str = Field(default="train", description="Split of a hub data set.")
-    rows: int | None = Field(default=None, ge=1, description="Take this many of its rows, drawn by the seed.")
+    rows: int | None = Field(
+        default=None, ge=1, le=MOST_ROWS, description="Take this many of its rows, drawn by the seed."
+    )
     weight: float = Field(
         default=1.0, gt=0, le=1000, description="How often a row is seen per epoch: 2 is twice, 0.5 a drawn half."
     )
@@ -70,7 +72,9 @@ class DataSection(Section):
     eval_fraction: float | None = Field(
         default=None, gt=0, lt=1, description="Share of the training rows held back for evaluation (0 to 1)."
     )
-    eval_rows: int | None = Field(default=None, ge=1, description="Number of training rows held back for evaluation.")
+    eval_rows: int | None = Field(
+        default=None, ge=1, le=MOST_ROWS, description="Number of training rows held back for evaluation."
+    )
     format: Format = Field(
         default="auto", description="Shape of the rows. auto: decided from the columns of all rows, and printed."
     )
@@ -80,7 +84,7 @@ class DataSection(Section):
     max_bad_ratio: float = Field(
         default=0.01, ge=0, le=1, description="Largest share of bad rows that on_bad_row: skip may skip (0 to 1)."
     )
-    max_length: int = Field(default=2048, ge=8, description="Longest row, in tokens.")
+    max_length: int = Field(default=2048, ge=8, le=MOST_TOKENS, description="Longest row, in tokens.")
     on_overlong: Literal["error", "drop", "truncate", "split"] = Field(
         default="error",
         description="What to do with a row longer than max_length; split goes on in a new row (text and tokens only).",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from forge_cli.schema.section import Section
+from forge_cli.schema.section import LARGEST_FACTOR, Section
 
 PreferenceLoss = Literal[
     "sigmoid",
@@ -36,11 +36,14 @@ class PreferenceSection(Section):
     loss_type: PreferenceLoss | list[PreferenceLoss] | None = Field(
         default=None, description="Loss. null: sigmoid for dpo and cpo, kto for kto. dpo also takes a list, summed."
     )
-    loss_weights: list[float] | None = Field(
+    loss_weights: list[Annotated[float, Field(ge=0, le=LARGEST_FACTOR)]] | None = Field(
         default=None, description="Weight of each loss when loss_type is a list. null: 1 each."
     )
     beta: float = Field(
-        default=0.1, gt=0, description="How strongly the model is held to the reference; for orpo, weight of the odds."
+        default=0.1,
+        gt=0,
+        le=LARGEST_FACTOR,
+        description="How strongly the model is held to the reference; for orpo, weight of the odds.",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="Assumed share of pairs whose answers are the wrong way round."
@@ -54,12 +57,24 @@ class PreferenceSection(Section):
     precompute_ref_log_probs: bool = Field(
         default=False, description="Run the reference once, before training, and keep its log probabilities on disk."
     )
-    desirable_weight: float = Field(default=1.0, gt=0, description="Weight of the good answers, for kto.")
-    undesirable_weight: float = Field(default=1.0, gt=0, description="Weight of the bad answers, for kto.")
-    cpo_alpha: float = Field(
-        default=1.0, ge=0, description="Weight of the plain loss on the better answer, for cpo; 0 is SimPO proper."
+    desirable_weight: float = Field(
+        default=1.0, gt=0, le=LARGEST_FACTOR, description="Weight of the good answers, for kto."
     )
-    simpo_gamma: float = Field(default=0.5, ge=0, description="Margin between the answers, for cpo's simpo loss.")
+    undesirable_weight: float = Field(
+        default=1.0, gt=0, le=LARGEST_FACTOR, description="Weight of the bad answers, for kto."
+    )
+    cpo_alpha: float = Field(
+        default=1.0,
+        ge=0,
+        le=LARGEST_FACTOR,
+        description="Weight of the plain loss on the better answer, for cpo; 0 is SimPO proper.",
+    )
+    simpo_gamma: float = Field(
+        default=0.5, ge=0, le=LARGEST_FACTOR, description="Margin between the answers, for cpo's simpo loss."
+    )
     center_rewards_coefficient: float | None = Field(
-        default=None, gt=0, description="Pulls the mean of both rewards to 0, for reward. null: not at all."
+        default=None,
+        gt=0,
+        le=LARGEST_FACTOR,
+        description="Pulls the mean of both rewards to 0, for reward. null: not at all.",
     )

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+# No number is without bounds: what lies beyond these is a slip of the hand, and would end in a library's overflow.
+MOST_STEPS = 100_000_000
+MOST_ROWS = 1_000_000_000_000
+MOST_TOKENS = 10_000_000  # as many as the longest context of a published model
+MOST_IN_BATCH = 1_000_000
+LARGEST_FACTOR = 1e6
+Steps = Annotated[int, Field(ge=1, le=MOST_STEPS)]
 
 
 class Section(BaseModel):

@@ -6,19 +6,23 @@ from typing import Literal
 
 from pydantic import Field
 
-from forge_cli.schema.section import Section
+from forge_cli.schema.section import LARGEST_FACTOR, MOST_IN_BATCH, MOST_STEPS, Section, Steps
 
 
 class TrainingSection(Section):
     """Optimisation, under the names of transformers' ``TrainingArguments``."""
 
     learning_rate: float = Field(default=2e-5, gt=0, le=1, description="Peak learning rate.")
-    num_train_epochs: float = Field(default=3, gt=0, description="Passes over the training rows.")
+    num_train_epochs: float = Field(default=3, gt=0, le=1_000_000, description="Passes over the training rows.")
     max_steps: int | None = Field(
-        default=None, ge=1, le=100_000_000, description="Optimizer steps; when given, num_train_epochs is not used."
+        default=None, ge=1, le=MOST_STEPS, description="Optimizer steps; when given, num_train_epochs is not used."
     )
-    per_device_train_batch_size: int = Field(default=4, ge=1, description="Rows per device and micro step.")
-    gradient_accumulation_steps: int = Field(default=4, ge=1, description="Micro steps per optimizer step.")
+    per_device_train_batch_size: int = Field(
+        default=4, ge=1, le=MOST_IN_BATCH, description="Rows per device and micro step."
+    )
+    gradient_accumulation_steps: int = Field(
+        default=4, ge=1, le=MOST_IN_BATCH, description="Micro steps per optimizer step."
+    )
     optim: Literal[
         "adamw_torch_fused",
         "adamw_torch",
@@ -34,14 +38,20 @@ class TrainingSection(Section):
         default="cosine", description="Shape of the learning rate over the run."
     )
     warmup_steps: float = Field(
-        default=0.03, ge=0, description="Steps of rising learning rate; below 1 it is a share of all steps."
+        default=0.03,
+        ge=0,
+        le=MOST_STEPS,
+        description="Steps of rising learning rate; below 1 it is a share of all steps.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1000, description="Decoupled weight decay.")
     train_sampling_strategy: Literal["random", "group_by_length"] = Field(
         default="random", description="Order of the rows; group_by_length batches rows of similar length: less padding."
     )
     max_grad_norm: float = Field(
-        default=1.0, ge=0, description="Gradients are scaled down to this global norm; 0 leaves them alone."
+        default=1.0,
+        ge=0,
+        le=LARGEST_FACTOR,
+        description="Gradients are scaled down to this global norm; 0 leaves them alone.",
     )
     activation_checkpointing: bool = Field(
         default=True, description="Recompute activations in the backward pass: less memory, more time."
@@ -54,23 +64,25 @@ class TrainingSection(Section):
 class EvaluationSection(Section):
     """Evaluation while training. Needs an evaluation split in ``data``."""
 
-    eval_steps: int | Literal["epoch"] = Field(
+    eval_steps: Steps | Literal["epoch"] = Field(
         default="epoch", description="Optimizer steps between evaluations, or epoch. There is always one at the end."
     )
-    per_device_eval_batch_size: int = Field(default=8, ge=1, description="Rows per device and evaluation step.")
+    per_device_eval_batch_size: int = Field(
+        default=8, ge=1, le=MOST_IN_BATCH, description="Rows per device and evaluation step."
+    )
 
 
 class CheckpointSection(Section):
     """Checkpoints while training. ``checkpoint: null`` keeps only the final weights."""
 
-    save_steps: int | Literal["epoch"] = Field(default="epoch", description="Steps between checkpoints, or epoch.")
-    save_total_limit: int = Field(default=2, ge=1, description="How many checkpoints are kept.")
+    save_steps: Steps | Literal["epoch"] = Field(default="epoch", description="Steps between checkpoints, or epoch.")
+    save_total_limit: int = Field(default=2, ge=1, le=1_000_000, description="How many checkpoints are kept.")
 
 
 class LoggingSection(Section):
     """What is written while training; ``metrics.jsonl`` always holds every step."""
 
-    logging_steps: int = Field(default=10, ge=1, description="Optimizer steps between log lines.")
+    logging_steps: int = Field(default=10, ge=1, le=MOST_STEPS, description="Optimizer steps between log lines.")
     report_to: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = Field(
         default=[], description="Trackers to send the log to; each needs its package."
     )
@@ -79,9 +91,11 @@ class LoggingSection(Section):
 class ReportSection(Section):
     """Answers generated before and after training, for the report. ``report: null`` generates none."""
 
-    samples: int = Field(default=4, ge=0, description="Rows of the evaluation split shown with their answers.")
+    samples: int = Field(
+        default=4, ge=0, le=100_000, description="Rows of the evaluation split shown with their answers."
+    )
     exact_match: bool = Field(
         default=False, description="Answer every evaluation row before and after, and count exact matches."
     )
-    max_new_tokens: int = Field(default=64, ge=1, description="Longest generated answer, in tokens.")
+    max_new_tokens: int = Field(default=64, ge=1, le=1_000_000, description="Longest generated answer, in tokens.")
     prompts: list[str] = Field(default=[], description="Further prompts to answer before and after training.")

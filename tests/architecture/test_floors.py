@@ -12,7 +12,7 @@ import forge_cli.paths
 PACKAGE = Path(forge_cli.paths.__file__).parent
 # From the ground up; rooms that share a floor do not import each other.
 FLOORS = [
-    {"errors", "units", "paths", "version"},
+    {"errors", "units", "paths", "version", "redaction"},
     {"faults"},
     {"checkpoints"},
     {"schema"},
@@ -33,6 +33,7 @@ TORCH_FREE = {
     "units",
     "paths",
     "version",
+    "redaction",
     "faults",
     "checkpoints",
     "schema",

@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -137,7 +137,7 @@ SETTINGS = [
 def predict(plan: Plan) -> int:
     """Predicts the peak of live tensor bytes of a plan on the CPU in float32; rows are all of full length."""
     setting = setting_from_plan(plan, cuda=False)
-    return estimate_memory(replace(setting, padded=False)).total_bytes
+    return estimate_memory(setting._replace(padded=False)).total_bytes
 
 
 def predict_by_trace(plan: Plan) -> int:

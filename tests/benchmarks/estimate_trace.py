@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 
 from forge_cli.estimate.memory import CUBLAS_BYTES, estimate_memory
@@ -71,7 +70,7 @@ def make_plan(method: str, length: int, checkpointing: bool, facts: ModelFacts) 
     }
     plan = resolve_mapping(values)
     data = plan.spec.data.model_copy(update={"max_length": length})
-    return replace(plan, spec=plan.spec.model_copy(update={"data": data}), facts=facts)
+    return plan._replace(spec=plan.spec.model_copy(update={"data": data}), facts=facts)
 
 
 def list_cells(families: list[str]) -> Iterator[tuple[str, Plan]]:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -195,6 +196,7 @@ def _become(log: Path, environment: Mapping[str, str]) -> None:
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
+    weakref.finalize._registry.clear()  # the parent's temporary folders are not this process's to delete
     from forge_cli import faults
 
     faults._read_plan.cache_clear()

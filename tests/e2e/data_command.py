@@ -57,11 +57,11 @@ class Desk:
         return self.data("preview", rows, "--json", *arguments, **settings).read_json()
 
     def refuse(self, rows: Sequence[dict | bytes] | None, *arguments: str, code: int = 3, **settings) -> list[str]:
-        """Returns the lines of the error of a check that has to fail with this exit code."""
+        """Returns the errors of a check that has to fail with this exit code, each with its fix in one line."""
         done = self.check(rows, *arguments, **settings)
         assert done.code == code, done.err
         assert "Traceback" not in done.err and "internal error" not in done.err
-        return done.err.splitlines()
+        return done.err.replace("\n  fix: ", "; ").splitlines()
 
 
 def write_rows(name: str, rows: Sequence[dict | bytes]) -> None:

@@ -147,8 +147,10 @@ def test_invalid_run_file_names_every_problem_on_stderr(run_folder: Path):
     (run_folder / "bad.yaml").write_text(RUN_FILE.replace("learning_rate", "lr") + "sead: 3\n", encoding="utf-8")
     done = forge("config", "validate", "bad.yaml", folder=run_folder)
     assert (done.returncode, done.stdout) == (2, "")
-    assert len(done.stderr.splitlines()) == 2
-    assert all(line.startswith("error: bad.yaml:") for line in done.stderr.splitlines())
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("error: bad.yaml:") for line in lines[::2])
+    assert all(line.startswith("  fix: ") for line in lines[1::2])
     as_json = forge("config", "validate", "bad.yaml", "--json", folder=run_folder)
     assert (as_json.returncode, as_json.stderr) == (2, "")
     report = json.loads(as_json.stdout)
@@ -216,11 +218,11 @@ def test_json_schema_accepts_run_files_and_describes_every_key():
         (["train"], "forge train --help"),
     ],
 )
-def test_usage_errors_are_one_line_and_exit_2(arguments: list[str], words: str):
+def test_usage_errors_are_one_line_with_a_fix_and_exit_2(arguments: list[str], words: str):
     done = forge(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("error: ") and words in line
+    error, fix = done.stderr.splitlines()
+    assert error.startswith("error: ") and fix.startswith("  fix: ") and words in done.stderr
 
 
 def test_group_without_command_shows_its_help():

@@ -335,7 +335,7 @@ def test_c21_a_limit_on_the_size_of_files(desk, tmp_path):
 
     done = subprocess.run(COMMAND, capture_output=True, text=True, preexec_fn=limit, timeout=120)
     assert done.returncode == 5, done.stderr
-    (line,) = done.stderr.splitlines()
+    line, _ = done.stderr.splitlines()
     assert line.startswith(f"error: {tmp_path}/cache/tokens: the system lets no more tokens be written")
     assert "and 256.0 KiB were written" in line
     assert list_files(Path("cache")) == []

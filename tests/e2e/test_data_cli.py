@@ -126,13 +126,13 @@ def test_rows_are_chosen_by_number_in_both_splits(desk):
     shown = desk.preview(CHATS, "--row", "2", "--row", "12", eval="held.jsonl")
     assert [row["place"] for row in shown] == ["rows.jsonl:2", "rows.jsonl:12", "held.jsonl:2"]
     asked = desk.data("preview", None, "--row", "2", "--row", "99", eval="held.jsonl")
-    assert asked.code == 3 and "there is no row 99; train has rows 1 to 12, eval has rows 1 to 3" in asked.err
+    assert asked.code == 3 and "there is no row 99\n  fix: train has rows 1 to 12, eval has rows 1 to 3" in asked.err
     done = desk.data("preview", LONG, "--row", "13", on_overlong="drop", max_lost_ratio=0.1)
     assert done.code == 3 and "row 13 is not trained: it is bad, or was dropped or left out" in done.err
     some = desk.data("preview", None, "--row", "1", "--row", "13", on_overlong="drop", max_lost_ratio=0.1)
     assert some.code == 0 and "note: row 13 is not trained" in some.err and "train row 1, rows.jsonl:1: " in some.out
     held = desk.data("preview", CHATS, "--row", "13", eval_rows=4)
-    assert held.code == 3 and held.err.endswith("there is no row 13; train has rows 1 to 12\n")
+    assert held.code == 3 and held.err.endswith("there is no row 13\n  fix: train has rows 1 to 12\n")
     for number in ("0", "-1", "two"):
         assert desk.data("preview", None, "--row", number).code == 2
 

@@ -70,7 +70,7 @@ def test_a_dry_run_writes_nothing_and_loads_no_torch(workspace):
         ("training.learning_rat=1", 2, "learning_rate"),
         ("data.train=missing.jsonl", 2, "no such file"),
         ("data.max_length=16", 3, "longer than data.max_length"),
-        ("lora.target_modules=[nothing]", 4, "q_proj"),
+        ("lora.target_modules=[nothing]", 2, "q_proj"),
         ("model.attn_implementation=flash_attention_2", 5, "CUDA"),
         ("logging.report_to=[mlflow]", 5, "forge-finetune[mlflow]"),
     ],

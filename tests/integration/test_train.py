@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from forge_cli.backend import sft
 from forge_cli.backend.sft import EMA_PREFIX, ForgeSFTTrainer
-from forge_cli.errors import ConfigError, DataError, DivergedError, MachineError, ModelError, Stopped
+from forge_cli.errors import ConfigError, DataError, DivergedError, MachineError, Stopped
 from forge_cli.parts.layers import find_decoder_layers
 from forge_cli.resolve.plan import resolve_mapping, resolve_plan
 from forge_cli.run.execute import train, train_plan
@@ -122,31 +122,50 @@ def test_ema_weights_leave_the_model_when_evaluation_fails(tiny_settings, monkey
     assert not seen[-1][2].ema.average.is_applied
 
 
-@pytest.mark.parametrize("step", [1, 2, 3])
-def test_nan_stops_with_code_10_and_no_file_holds_one(tiny_settings, monkeypatch, step):
+def poison(monkeypatch, *steps: int) -> None:
+    """Makes the second of the two micro steps of some optimizer steps bad."""
     compute_loss = ForgeSFTTrainer.compute_loss
-    calls = []
 
     def poisoned(self, model, inputs, *args, **kwargs):
         loss = compute_loss(self, model, inputs, *args, **kwargs)
-        if model.training:
-            calls.append(1)
-        # Two micro steps make a step; the second one of the given step turns bad.
-        return loss * float("nan") if len(calls) == 2 * step else loss
+        bad = model.training and self.state.global_step + 1 in steps and self.accelerator.sync_gradients
+        return loss * float("nan") if bad else loss
 
     monkeypatch.setattr(ForgeSFTTrainer, "compute_loss", poisoned)
-    settings = tiny_settings(lora=LORA, ema={"decay": 0.5}, checkpoint={"save_steps": 1}, name="nan")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_bad_step_changes_no_weight_and_the_run_goes_on(tiny_settings, monkeypatch, step):
+    poison(monkeypatch, step)
+    checkpoint = {"save_steps": 1, "save_total_limit": 9}
+    training = {"max_steps": 4, "lr_scheduler_type": "constant"}
+    result = run(tiny_settings(lora=LORA, ema={"decay": 0.5}, checkpoint=checkpoint, training=training, name="nan"))
+    (alarm,) = result.report["alarms"]
+    assert alarm["alarm"] == "skipped" and alarm["step"] == step and len(alarm["rows"]) == 4
+    assert result.report["steps"] == 4
+    folders = {n: result.folder / "checkpoints" / f"step-{n:08d}" for n in (1, 2, 3, 4)}
+    for name in ("weights", "ema"):
+        states = {n: load_file(folders[n] / f"{name}.safetensors") for n in folders}
+        changed = {n: any(not torch.equal(states[n][k], states[n - 1][k]) for k in states[n]) for n in (2, 3, 4)}
+        assert changed == {n: n != step for n in (2, 3, 4)}, name
+    tensors = list_tensors(result.folder)
+    assert tensors and not [name for name, t in tensors if t.is_floating_point() and not torch.isfinite(t).all()]
+
+
+def test_bad_steps_without_end_go_back_twice_and_then_stop_with_code_10(tiny_settings, monkeypatch):
+    poison(monkeypatch, *range(2, 30))
+    settings = tiny_settings(lora=LORA, checkpoint={"save_steps": 1}, training={"max_steps": 30}, name="nan")
+    said = []
+    monkeypatch.setattr(QuietReporter, "say", lambda self, text: said.append(text))
     with pytest.raises(DivergedError) as error:
         run(settings)
-    assert error.value.exit_code == 10
-    assert f"step {step}" in str(error.value)
+    assert error.value.exit_code == 10 and "last good checkpoint" in str(error.value)
+    assert sum("back to step-" in text for text in said) == 2
     folder = Path(settings["output_dir"]) / "nan"
     last = read_metrics(folder)[-1]
-    assert last["diverged"] and last["step"] == step and len(last["rows"]) == 4
-    assert str(last["rows"][0]) in str(error.value)
+    assert last["diverged"] and len(last["rows"]) == 4
     tensors = list_tensors(folder)
-    assert bool(tensors) == (step > 1)
-    assert [name for name, t in tensors if t.is_floating_point() and not torch.isfinite(t).all()] == []
+    assert tensors and not [name for name, t in tensors if t.is_floating_point() and not torch.isfinite(t).all()]
     assert not (folder / "adapter").exists()
 
 
@@ -397,7 +416,7 @@ def test_embeddings_that_are_saved_whole_are_trained_above_frozen_layers(tiny_se
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
 def test_names_that_match_nothing_are_refused(tiny_settings, field):
-    with pytest.raises(ModelError, match=f"lora.{field}: nothing matches no module"):
+    with pytest.raises(ConfigError, match=f"lora.{field}: nothing matches no module"):
         run(tiny_settings(lora={**LORA, field: ["nothing"]}))
 
 

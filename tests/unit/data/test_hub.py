@@ -16,7 +16,7 @@ import yaml
 from huggingface_hub import constants
 
 from forge_cli.build.tokenizer import load_tokenizer
-from forge_cli.data.hub import hub_answers, hub_or_copies
+from forge_cli.data.hub import hub_answers, hub_or_copies, leave_hub
 from forge_cli.data.read_hub import read_hub
 from forge_cli.errors import MachineError, ModelError
 from forge_cli.schema.runspec import RunSpec
@@ -78,9 +78,20 @@ def test_only_a_run_that_needs_the_hub_asks_it_and_each_run_anew(online, model, 
     spec = spec_of(model, train)
     said: list[str] = []
     with hub_or_copies(spec, said.append):
-        assert constants.HF_HUB_OFFLINE is asks
+        assert constants.HF_HUB_OFFLINE is True, "nothing is there to be asked, or nothing is needed"
     assert said == ([f"{CLOSED} cannot be reached; only what lies on this machine is used"] if asks else [])
     assert constants.HF_HUB_OFFLINE is False
+
+
+def test_trackers_and_streamed_rows_keep_their_network(online):
+    online(CLOSED)
+    spec = spec_of("forge-tiny")
+    tracked = spec.model_copy(update={"logging": spec.logging.model_copy(update={"report_to": ["trackio"]})})
+    streamed = spec_of("forge-tiny", "org/name")
+    streamed = streamed.model_copy(update={"data": streamed.data.model_copy(update={"streaming": True})})
+    for one, is_offline in ((tracked, False), (streamed, False), (spec_of("org/name"), True), (spec, True)):
+        leave_hub(one)
+        assert constants.HF_HUB_OFFLINE is is_offline
 
 
 def keep_copy(folder: Path, *names: str) -> None:
@@ -144,6 +155,7 @@ def test_the_command_line_says_it_once(tmp_path, model, train):
         timeout=60,
         env={**env, "HF_ENDPOINT": CLOSED, "HF_HOME": str(tmp_path / "home")},
     )
-    first, error = done.stderr.splitlines()  # and no word of a retry
+    first, error, fix = done.stderr.splitlines()  # and no word of a retry
     assert first == f"{CLOSED} cannot be reached; only what lies on this machine is used"
     assert done.returncode == 5 and error.startswith("error: ") and "org/name" in error
+    assert fix.startswith("  fix: check the network")

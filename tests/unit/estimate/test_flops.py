@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 
 import pytest
 import torch
@@ -172,7 +171,7 @@ def test_fused_loss_computes_logits_twice(model_type, method):
 def test_every_second_layer_is_checkpointed():
     model, work = prepare("llama", False)
     model.activation_checkpointing_enable({"use_reentrant": False}, every_n_layers=2)
-    assert_equal(model, replace(work, checkpoint_every=2))
+    assert_equal(model, work._replace(checkpoint_every=2))
 
 
 def test_score_head():
@@ -193,7 +192,7 @@ def test_passes_without_gradients(adapters):
     off = contextlib.nullcontext() if adapters else model.disable_adapter()
     with torch.no_grad(), off, FlopCounterMode(display=False, custom_mapping=ALSO) as counter:
         model(input_ids=tokens)
-    more = replace(work, own_forwards=int(adapters), reference_forwards=int(not adapters))
+    more = work._replace(own_forwards=int(adapters), reference_forwards=int(not adapters))
     extra = count_step_flops(more, causal=False).total - count_step_flops(work, causal=False).total
     assert extra == counter.get_total_flops()
 
@@ -227,7 +226,7 @@ LLAMA_8B = Work(
     ],
 )
 def test_known_figures_at_full_size(changes, tera):
-    work = replace(LLAMA_8B, attention="eager", **changes)
+    work = LLAMA_8B._replace(attention="eager", **changes)
     assert count_step_flops(work).total / 1e12 == pytest.approx(tera, abs=0.006)
 
 
@@ -252,7 +251,7 @@ def test_causal_attention_is_half_and_a_little():
 )
 def test_pairs_under_a_window(changes, pairs):
     facts = find_model_facts("mistral-7b")._replace(sliding_window=1024, num_hidden_layers=1)
-    work = replace(LLAMA_8B, facts=facts, checkpoint_every=0, **changes)
+    work = LLAMA_8B._replace(facts=facts, checkpoint_every=0, **changes)
     backward = 4 if work.attention == "eager" else 5
     assert count_step_flops(work).attention == (2 + backward) * 2 * pairs * 4096
 
@@ -266,13 +265,13 @@ def test_every_sixth_layer_of_gemma_3_sees_everything():
 
 
 def test_model_flops_leave_out_what_is_done_twice():
-    work = replace(LLAMA_8B, loss="fused")
-    plain = count_step_flops(replace(LLAMA_8B, checkpoint_every=0))
+    work = LLAMA_8B._replace(loss="fused")
+    plain = count_step_flops(LLAMA_8B._replace(checkpoint_every=0))
     assert count_model_flops(work) == plain.total - plain.attention // 7 < count_step_flops(work).total
 
 
 def test_micro_steps_and_unknown_families():
-    one, four = count_step_flops(LLAMA_8B), count_step_flops(replace(LLAMA_8B, micro_steps=4))
+    one, four = count_step_flops(LLAMA_8B), count_step_flops(LLAMA_8B._replace(micro_steps=4))
     assert four.total == 4 * one.total
-    strange = replace(LLAMA_8B, facts=LLAMA_8B.facts._replace(model_type="unheard-of"))
+    strange = LLAMA_8B._replace(facts=LLAMA_8B.facts._replace(model_type="unheard-of"))
     assert count_step_flops(strange) is None and count_model_flops(strange) is None

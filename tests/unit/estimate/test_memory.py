@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -114,7 +113,7 @@ def test_qlora_of_mistral_agrees_with_a_prototype(overrides, gib):
 def test_layers_carried_on_are_layers_replayed(model, preset):
     """Three and four layers, carried on, against a replay of all."""
     setting = make_setting(preset, model, "data.max_length=512", "training.per_device_train_batch_size=1")
-    setting = replace(setting, facts=setting.facts._replace(num_hidden_layers=9))
+    setting = setting._replace(facts=setting.facts._replace(num_hidden_layers=9))
     carried, whole = replay_step(setting), merge_layers(run_layers(setting, 0, 9))
     if model == "gemma-3-4b":  # every sixth layer has another mask, which three and four layers do not see
         assert set(carried) == set(whole)
@@ -189,7 +188,7 @@ def test_a_larger_vocabulary_never_takes_less(family, batch, vocabulary):
     for size in (vocabulary, vocabulary + 777):
         facts = base.facts._replace(vocab_size=size)
         weights = weigh_model(facts, 2)
-        sizes.append(estimate_memory(replace(base, facts=facts, batch_size=batch, weights_bytes=weights)).total_bytes)
+        sizes.append(estimate_memory(base._replace(facts=facts, batch_size=batch, weights_bytes=weights)).total_bytes)
     assert sizes[0] <= sizes[1]
 
 

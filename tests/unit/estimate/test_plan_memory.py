@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -133,7 +132,7 @@ def test_dotted_targets_are_those_that_peft_takes(checkpointing):
 
 def test_nothing_on_a_tape_goes_backwards():
     setting = make_setting("lora", "mistral-7b", "training.activation_checkpointing=false")
-    nothing = replace(setting, trained={}, adapters=replace(setting.adapters, targets=()))
+    nothing = setting._replace(trained={}, adapters=setting.adapters._replace(targets=()))
     assert "gradients" not in find_instant(nothing, "end of backward").parts
 
 
@@ -236,13 +235,13 @@ def test_evaluation_is_padded_by_its_own_batch():
     options = ("data.eval_rows=8", ONE_ROW, "data.packing=false", "evaluation.per_device_eval_batch_size=8")
     setting = make_setting("lora", "llama-3.2-1b", *options)
     assert not setting.padded and setting.eval_batch_size == 8
-    assert replay_evaluation(setting) == replay_evaluation(replace(setting, padded=True))
-    flash = replace(setting, attention="flash")
+    assert replay_evaluation(setting) == replay_evaluation(setting._replace(padded=True))
+    flash = setting._replace(attention="flash")
     # The mask of 8 rows of 256 x 256, a byte each, is what flash attention does without.
     difference = sum(replay_evaluation(setting).values()) - sum(replay_evaluation(flash).values())
     assert difference >= 8 * 256 * 256
-    single = replace(setting, eval_batch_size=1)
-    assert replay_evaluation(single) == replay_evaluation(replace(single, padded=True))
+    single = setting._replace(eval_batch_size=1)
+    assert replay_evaluation(single) == replay_evaluation(single._replace(padded=True))
 
 
 def test_double_quantisation_reaches_the_replay():

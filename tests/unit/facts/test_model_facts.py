@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -29,11 +30,12 @@ def write_config(folder, **changes):
 
 
 def write_weights(folder, **tensors):
-    header = {
-        name: {"dtype": dtype, "shape": shape, "data_offsets": [0, 0]} for name, (dtype, shape) in tensors.items()
-    }
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + math.prod(shape) * {"F32": 4, "BF16": 2, "U8": 1}[dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(end))
 
 
 @pytest.mark.parametrize("name", ["mistral-7b", "Mistral-7B", "mistral-7b-v0.1", "mistralai/Mistral-7B-v0.1"])
@@ -119,13 +121,13 @@ def test_weight_files_say_how_many_weights_there_are(tmp_path):
     ("break_it", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "cut off"),
         (lambda f: (f / "config.json").write_text("[1]"), "no mapping"),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "lacks hidden_size"),
         (lambda f: write_config(f, hidden_size="64"), "lacks hidden_size"),
         (lambda f: write_config(f, auto_map={"AutoModel": "x.Y"}), "its own Python code"),
         (lambda f: (f / "pytorch_model.bin").write_bytes(b"x"), "pickled"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "cannot be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"version https://git-lfs"), "Git LFS pointer"),
     ],
 )
 def test_broken_folder_is_a_model_error_in_four_parts(tmp_path, break_it, message):

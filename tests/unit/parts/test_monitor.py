@@ -90,14 +90,17 @@ def test_group_norms_square_to_the_total(load_tiny, tiny_batch):
     assert record["tokens"] == 48
 
 
-def test_one_sync_per_step_and_one_transfer_per_log_line(started):
+def test_one_sync_per_step_and_one_transfer_per_log_line(started, monkeypatch):
     monitor = started()
+    transfers, read = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (transfers.append(len(self)), read(self))[1])
     with SyncCounter() as syncs:
         play(monitor, [1.0] * 10)
-    assert syncs.count == 10  # is the gradient finite? asked before each update
-    with SyncCounter() as syncs:
+    assert transfers == [2] * 10  # loss and gradient norm are judged before each update
+    transfers.clear()
+    with syncs:
         monitor.flush()
-    assert syncs.count == 0  # one transfer of all values, no scalar reads
+    assert len(transfers) == 1 and syncs.count == 0  # one transfer of all values, no scalar reads
     assert [r["loss"] for r in monitor.records] == [1.0] * 10
 
 

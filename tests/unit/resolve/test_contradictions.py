@@ -106,9 +106,9 @@ CLASHES = [
         ["lm_head", "modules_to_save"],
     ),
     (
-        MODEL + DATA + "lora: {target_modules: [x, z], modules_to_save: [z]}\n",
+        MODEL + DATA + "lora: {target_modules: [q_proj, v_proj], modules_to_save: [v_proj]}\n",
         "3:8 lora.target_modules",
-        ["z would be"],
+        ["v_proj would be"],
     ),
     (
         MODEL + DATA + "lora: {r: 7, init_lora_weights: orthogonal}\n",

@@ -14,7 +14,7 @@ model: {name: forge-tiny}
 data:
   train: forge:quickstart/train
   max_length: 256
-lora: {r: 32, target_modules: [q_proj, "*.v_proj"]}
+lora: {r: 32, target_modules: [q_proj, "self_attn.v_proj"]}
 freeze: {first: 50%}
 ema: {decay: 0.9}
 training:

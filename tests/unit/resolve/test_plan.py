@@ -24,7 +24,7 @@ FULL = """
 preset: qlora
 model: {name: forge-tiny}
 name: "2024"
-lora: {r: 8, modules_to_save: [lm_head], target_modules: [q_proj, "*.v_proj"]}
+lora: {r: 8, modules_to_save: [lm_head], target_modules: [q_proj, "self_attn.v_proj"]}
 freeze: {first: 50%, patterns: ["*.mlp.*"]}
 ema: {decay: 0.9}
 data: {train: forge:quickstart/train, eval: "forge:quickstart/heldout", max_length: 128}

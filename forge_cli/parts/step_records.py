@@ -1,0 +1,67 @@
+"""Measurements of steps on their way from the device to a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+
+def pick_rewards(metrics: Mapping[str, object]) -> dict[str, object]:
+    """Picks the rewards and log probabilities of better and worse answers, with ``eval_`` before their names or not."""
+    return {name: value for name, value in metrics.items() if "rewards/" in name or "logps/" in name}
+
+
+def read_steps(
+    steps: Sequence[Mapping[str, torch.Tensor | None]], index: torch.Tensor | None, num_groups: int
+) -> tuple[list[tuple[float, float | None]], list[list[float]]]:
+    """Moves the measurements of some steps to the host in one transfer.
+
+    Args:
+        steps: Each with ``total []``, ``norms [P]`` and ``loss []`` or ``None``.
+        index: ``[P]`` group of each parameter; ``None`` leaves the groups out.
+        num_groups: Number of groups.
+
+    Returns:
+        Gradient norm and loss of every step, and the norm of every group at every step.
+    """
+    device = steps[0]["total"].device
+    blank = torch.full((), math.nan, device=device)
+    columns = [
+        torch.stack([one["total"], blank if one["loss"] is None else one["loss"].to(device, torch.float32)])
+        for one in steps
+    ]
+    if index is not None:
+        squares = torch.stack([one["norms"] for one in steps]) ** 2
+        sums = torch.zeros(len(steps), num_groups, device=device).index_add_(1, index.to(device), squares)
+        columns.append(sums.sqrt().flatten())
+    flat = torch.cat(columns).tolist()
+    width = 2 * len(steps)
+    pairs = [
+        (flat[2 * place], flat[2 * place + 1] if one["loss"] is not None else None) for place, one in enumerate(steps)
+    ]
+    return pairs, [flat[start : start + num_groups] for start in range(width, len(flat), num_groups)]
+
+
+def encode_record(record: Mapping[str, object]) -> str:
+    """Writes a record as a line. JSON has no NaN; a lost value is written as text rather than as an invalid file."""
+    return json.dumps({key: _as_json(value) for key, value in record.items()}) + "\n"
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, Mapping):
+        return {key: _as_json(one) for key, one in value.items()}
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def append_record(path: Path, record: Mapping[str, object]) -> None:
+    """Appends a record to a file of JSON lines. A disk that takes none must not end a training; it is warned once."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(encode_record(record))
+    except OSError as error:
+        warnings.warn(f"{path.name} cannot be written ({error.strerror}); training goes on without it", stacklevel=2)
