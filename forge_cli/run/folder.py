@@ -196,7 +196,9 @@ def _set_aside(root: Path, name: str) -> Path:
     path = root / name
     if (path / RUN_FILE).is_file():
         RunLock(path).release()  # refuses while another process trains there
-    if not (path / PLAN_FILE).is_file():
+    # A process that was killed while it made the folder may have come no further than that.
+    is_bare = {one.name for one in path.iterdir()} <= {".lock", "logs", PLAN_FILE + PARTIAL_SUFFIX}
+    if not (path / PLAN_FILE).is_file() and not is_bare:
         raise MachineError("--overwrite: this folder is not a run", where=str(path), fix="choose another name")
     aside = root / f".{name}.replaced-{os.getpid()}"
     return path.rename(aside)
