@@ -87,9 +87,9 @@ class GuardedTrainer(KeptTrainer):
         if not self.accelerator.sync_gradients:
             return loss
         if (action := faults.reach("gradient", self.state.global_step + 1)) in _FACTORS:
-            for parameter in self.model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(_FACTORS[action])
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            for gradient in gradients if action == "spike" else gradients[-1:]:
+                gradient.mul_(_FACTORS[action])
         return loss
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:

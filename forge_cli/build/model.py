@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -13,15 +12,13 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
-from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils import is_flash_attn_2_available
 
 from forge_cli import faults
 from forge_cli.build.compute import Compute, dtype_name
 from forge_cli.data.hub import explain_loading
 from forge_cli.errors import MachineError, ModelError
-from forge_cli.facts.local_model import refuse_foreign_code
 from forge_cli.facts.model_facts import locate_model
-from forge_cli.facts.weight_files import read_json_object
 from forge_cli.schema.model import QuantizationSection
 from forge_cli.schema.runspec import RunSpec
 
@@ -53,8 +50,6 @@ def load_model(spec: RunSpec, compute: Compute) -> torch.nn.Module:
         kind, options["num_labels"] = AutoModelForSequenceClassification, 1
         set_seed(spec.seed)
     try:
-        config_file = Path(cached_file(place, "config.json", revision=spec.model.revision))
-        refuse_foreign_code(read_json_object(config_file), config_file)
         model = kind.from_pretrained(place, **options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise explain_loading(error, place, f"the model {spec.model.name}") from error

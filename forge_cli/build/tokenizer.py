@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from forge_cli.data.hub import explain_loading
 from forge_cli.errors import ConfigError, ModelError
+from forge_cli.facts.local_model import refuse_foreign_code
 from forge_cli.facts.model_facts import find_model_facts, locate_model
+from forge_cli.facts.weight_files import read_json_object
 from forge_cli.redaction import printable
 from forge_cli.schema.runspec import RunSpec
 
@@ -26,13 +28,21 @@ def load_tokenizer(spec: RunSpec) -> PreTrainedTokenizerBase:
     trained and a real end token is never masked.
 
     Raises:
-        ModelError: It cannot be loaded, or is not a fast tokenizer (labels need character offsets).
+        ModelError: It cannot be loaded, is not a fast tokenizer (labels need character offsets), has more tokens than
+            the model, or the model or the chat template does what files of strangers may not.
         MachineError: It is not on this machine, and the hub cannot be reached.
         ConfigError: ``model.chat_template`` cannot be read.
     """
     from transformers import AutoTokenizer
+    from transformers.utils import cached_file
 
     place, revision = locate_model(spec.model.name), spec.model.revision
+    try:
+        # The first file of the model that is read: a folder's was judged with the plan, the hub's comes now.
+        config_file = Path(cached_file(place, "config.json", revision=revision))
+    except (OSError, ValueError) as error:
+        raise explain_loading(error, place, f"the tokenizer of {place}") from error
+    refuse_foreign_code(read_json_object(config_file), config_file)
     if spec.model.adapter and (Path(spec.model.adapter).expanduser() / "tokenizer.json").is_file():
         place, revision = str(Path(spec.model.adapter).expanduser()), None
     try:

@@ -87,7 +87,7 @@ class LiveReporter:
                 self._evaluation += f"  with EMA weights {record['eval_ema_loss']:.4f}"
             if not record["step"]:
                 self.say(f"before training  eval loss {self._evaluation}")
-        elif record.get("loss") is not None and not record.get("diverged"):
+        elif record.get("loss") is not None and not (record.get("skipped") or record.get("diverged")):
             self._losses.append(record["loss"])
             self._latest |= {key: value for key, value in record.items() if value is not None}
         if self._live is not None:

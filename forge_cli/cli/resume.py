@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forge_cli.cli.train import AllowChange, PreemptExitCode, RequireLatest, StopOnUsr1
+from forge_cli.cli.train import AllowChange, BreakLock, PreemptExitCode, RequireLatest, StopOnUsr1
 
 
 def resume(
@@ -17,6 +17,7 @@ def resume(
     ] = None,
     allow_change: AllowChange = None,
     require_latest: RequireLatest = False,
+    break_lock: BreakLock = False,
     force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
     stop_on_usr1: StopOnUsr1 = False,
     preempt_exit_code: PreemptExitCode = None,
@@ -28,7 +29,7 @@ def resume(
     from forge_cli.cli.train import exit_code_of_stops, read_resuming, show_result
     from forge_cli.run.execute import resume_run
 
-    how = read_resuming(True, False, allow_change, require_latest)
+    how = read_resuming(True, False, allow_change, require_latest, break_lock)
     reporter = choose_reporter(quiet, 10)
     with exit_code_of_stops(preempt_exit_code):
         result = resume_run(run, overrides or [], how=how, force=force, reporter=reporter, stop_on_usr1=stop_on_usr1)

@@ -22,6 +22,9 @@ RequireLatest = Annotated[
     bool, typer.Option("--require-latest", help="Resume from the latest checkpoint or not at all.")
 ]
 
+BreakLock = Annotated[
+    bool, typer.Option("--break-lock", help="Resume though a process on another host may still have the run.")
+]
 StopOnUsr1 = Annotated[
     bool, typer.Option("--stop-on-usr1", help="SIGUSR1 saves and stops; else it saves, and the run goes on.")
 ]
@@ -43,6 +46,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with this file's run that was stopped.")] = False,
     allow_change: AllowChange = None,
     require_latest: RequireLatest = False,
+    break_lock: BreakLock = False,
     force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
     stop_on_usr1: StopOnUsr1 = False,
     preempt_exit_code: PreemptExitCode = None,
@@ -68,7 +72,7 @@ def train(
         return
     from forge_cli.run.execute import train as train_file
 
-    how = read_resuming(resume, overwrite, allow_change, require_latest)
+    how = read_resuming(resume, overwrite, allow_change, require_latest, break_lock)
     with exit_code_of_stops(preempt_exit_code):
         result = train_file(
             run_file,
@@ -95,7 +99,9 @@ def exit_code_of_stops(code: int | None) -> Iterator[None]:
         raise
 
 
-def read_resuming(resume: bool, overwrite: bool, allow_change: list[str] | None, require_latest: bool):
+def read_resuming(
+    resume: bool, overwrite: bool, allow_change: list[str] | None, require_latest: bool, break_lock: bool
+):
     """Turns the options about resuming into what :mod:`forge_cli.run.execute` takes; ``None`` starts a run.
 
     Raises:
@@ -108,10 +114,10 @@ def read_resuming(resume: bool, overwrite: bool, allow_change: list[str] | None,
         raise ConfigError(
             "--resume goes on with a run, and --overwrite deletes it", where="--resume", fix="leave one of them out"
         )
-    if not resume and (allow_change or require_latest):
-        where = "--allow-change" if allow_change else "--require-latest"
+    if not resume and (allow_change or require_latest or break_lock):
+        where = "--allow-change" if allow_change else "--require-latest" if require_latest else "--break-lock"
         raise ConfigError("this says how a run is resumed, and none is", where=where, fix="add --resume")
-    return Resuming(tuple(allow_change or ()), require_latest) if resume else None
+    return Resuming(tuple(allow_change or ()), require_latest, break_lock) if resume else None
 
 
 def show_result(result, as_json: bool) -> None:

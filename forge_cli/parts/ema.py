@@ -173,6 +173,9 @@ class EMACallback(TrainerCallback):
         resume_from: Checkpoint that holds the average when a run is resumed from another folder than its own.
     """
 
+    # Forge's trainer asks its guard.
+    was_skipped: Callable[[], bool] = staticmethod(lambda: False)
+
     def __init__(
         self,
         decay: float = 0.999,
@@ -197,7 +200,6 @@ class EMACallback(TrainerCallback):
         self.update_every = update_every
         self.device = None if device == "auto" else device
         self.average: WeightAverage | None = None
-        self.was_skipped: Callable[[], bool] = lambda: False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Copies the trainable weights, or reads the average of the checkpoint that is resumed."""

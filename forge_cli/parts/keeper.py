@@ -143,8 +143,11 @@ class Keeper:
         except Exception as error:
             self._error = error
 
-    def finish(self) -> None:
+    def finish(self, *, is_over: bool = False) -> None:
         """Waits for the save in hand. One that the disk did not take is said, and the next one tries again.
+
+        Args:
+            is_over: Training is done: the weights come next, whatever was missed.
 
         Raises:
             MachineError: The disk did not take the first save.
@@ -156,7 +159,7 @@ class Keeper:
             self._thread = None
         error, self._error = self._error, None
         if isinstance(error, MissedSave):
-            self._bear(error)
+            self._bear(error, is_over)
         elif error is not None:
             raise error
         elif self.latest is not None and not self._has_proved:
@@ -166,7 +169,7 @@ class Keeper:
         """Tells whether a step's checkpoint is on the disk."""
         return self.latest is not None and self.latest.step == step
 
-    def _bear(self, missed: MissedSave) -> None:
+    def _bear(self, missed: MissedSave, is_over: bool) -> None:
         self.num_missed += 1
         fix = "make room, or set output_dir to another disk and checkpoint.save_total_limit lower"
         if self.latest is None and not self.store.list_sound():
@@ -177,14 +180,14 @@ class Keeper:
                 fix=fix,
             )
         good = self.latest.path.name if self.latest else "the one that the run was resumed from"
-        if self.num_missed >= MOST_MISSED:
+        if self.num_missed >= MOST_MISSED and not is_over:
             raise CheckpointError(
                 f"{missed.text}; {self.num_missed} saves in a row were missed",
                 where=str(self.store.root),
                 why=f"whatever is trained on would be lost; the last good checkpoint is {good}",
                 fix=f"{fix}; then resume",
             )
-        self.say(f"note: {missed.text}; training goes on, {good} is whole, the next save tries again")
+        self.say(f"alarm: {missed.text}; training goes on, {good} is whole, the next save tries again")
 
     def _prove(self, checkpoint: Checkpoint) -> None:
         """Reads the first checkpoint back: what is wrong with the disk or the tensors is found in the first minute."""

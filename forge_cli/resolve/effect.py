@@ -63,7 +63,7 @@ def _iterate_idle(spec: RunSpec) -> Iterator[tuple[str, Idle]]:
         why = f"training.max_steps is {spec.training.max_steps}"
         yield "training.num_train_epochs", Idle(("training.max_steps",), why, "keep one of them")
         if spec.monitor and spec.training.max_steps <= spec.monitor.spike_window:
-            for name in ("spike_ratio", "spike_window"):
+            for name in ("spike_ratio", "spike_window", "on_spike"):
                 why = f"the run has {spec.training.max_steps} steps and the window is {spec.monitor.spike_window}"
                 yield f"monitor.{name}", Idle(("training.max_steps", "monitor.spike_window"), why)
     if spec.training.lr_scheduler_type == "constant":

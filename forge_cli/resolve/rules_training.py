@@ -96,4 +96,12 @@ def count_half_life_steps(decay: float) -> float:
     return math.log(0.5) / math.log(decay)
 
 
-TRAINING_RULES = (check_warmup, check_intervals, check_ema)
+def check_spikes(scene: Scene) -> Iterator[Clash]:
+    """A run can go back only to a checkpoint."""
+    spec = scene.spec
+    if spec.monitor and spec.monitor.on_spike == "rollback" and spec.checkpoint is None:
+        what = "the run goes back to its last checkpoint, and checkpoint: null keeps none"
+        yield Clash(("monitor.on_spike", "checkpoint"), what, "write on_spike: stop, or remove checkpoint: null")
+
+
+TRAINING_RULES = (check_warmup, check_intervals, check_ema, check_spikes)

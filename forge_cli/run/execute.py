@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from forge_cli.data.hub import hub_or_copies
 from forge_cli.parts.stop_request import StopRequest
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
-from forge_cli.run.folder import PLAN_FILE, RunFolder, create_run_folder, find_run, open_run_folder, write_atomic
+from forge_cli.run.folder import (
+    PLAN_FILE,
+    RunFolder,
+    create_run_folder,
+    find_run,
+    open_run_folder,
+    recover_run,
+    write_atomic,
+)
 from forge_cli.run.preflight import check_memory
 from forge_cli.run.process import check_packages, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
@@ -48,10 +56,12 @@ class Resuming:
     Attributes:
         allowed_changes: Settings that may differ from the run's plan, and ``data`` for its rows.
         require_latest: Do not fall back to an earlier checkpoint if the latest cannot be used.
+        break_lock: Take the run folder though a process on another host may still hold it.
     """
 
     allowed_changes: tuple[str, ...] = ()
     require_latest: bool = False
+    break_lock: bool = False
 
 
 def train(
@@ -118,6 +128,7 @@ def resume_run(
         ForgeError: Of any kind; its exit code tells which.
     """
     path = Path(run)
+    recovered = recover_run(path)
     if not (path / PLAN_FILE).is_file():
         open_run_folder(path)  # says what is missing
 
@@ -126,6 +137,7 @@ def resume_run(
 
     plan = resolve()
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
+    reporter.say(recovered)
     check_memory(plan, resolve, reporter.say, force=force)
     return resume_plan(path, plan, how or Resuming(), reporter, stop_on_usr1=stop_on_usr1)
 
@@ -153,7 +165,7 @@ def resume_plan(path: Path, plan: Plan, how: Resuming, reporter: Reporter, *, st
     """Goes on with a run under a resolved plan (see :func:`resume_run`)."""
     check_packages(plan.spec)
     note = prepare_process()
-    folder = open_run_folder(path)
+    folder = open_run_folder(path, break_lock=how.break_lock)
     try:
         changes = compare_plans(resolve_plan(folder.plan, ()), plan, how.allowed_changes)
         point = find_resume_point(folder, require_latest=how.require_latest)
@@ -246,7 +258,6 @@ def _train(
         exact_match_after=examination.exact_match_ratio(after),
     )
     report = write_report(findings, folder)
-    folder.note_facts(finished=True)
     return RunResult(folder.path, weights, report)
 
 

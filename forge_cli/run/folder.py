@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -12,8 +13,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from forge_cli.checkpoints.lock import RunLock
+from forge_cli.checkpoints.lock import RunLock, find_holder
+from forge_cli.checkpoints.store import CheckpointStore
 from forge_cli.errors import CheckpointError, MachineError
+from forge_cli.run.replaced import (
+    ReplacedRun,
+    claiming,
+    delete_replaced,
+    list_replaced,
+    recover_replaced,
+    set_aside,
+)
 from forge_cli.version import __version__
 
 PLAN_FILE = "plan.yaml"
@@ -31,14 +41,14 @@ class RunFolder:
         path: The folder.
         run_id: Name of the run that no other has; its checkpoints carry it.
         lock: Held while the run lasts.
-        replaced: Where the earlier run of this name waits, with ``--overwrite``.
+        replaced: The earlier run of this name, with ``--overwrite``.
         resumed: The run was there before.
     """
 
     path: Path
     run_id: str
     lock: RunLock
-    replaced: Path | None = None
+    replaced: ReplacedRun | None = None
     resumed: bool = False
 
     @property
@@ -77,15 +87,33 @@ class RunFolder:
         name: it goes, and the earlier one comes back.
         """
         try:
-            if self.resumed or self.metrics.exists():
+            if self.resumed or has_begun(self.path):
                 if self.replaced:
-                    shutil.rmtree(self.replaced, ignore_errors=True)
+                    self.replaced.delete()
+                delete_replaced(self.path)
                 return
             shutil.rmtree(self.path, ignore_errors=True)
             if self.replaced:
-                self.replaced.rename(self.path)
+                self.replaced.put_back()
         finally:
             self.lock.release()
+
+
+def has_begun(path: Path) -> bool:
+    """Tells whether a run has left anything of worth."""
+    names = (METRICS_FILE, "checkpoints/step-*", "adapter*", "model*")
+    return any(next(path.glob(name), None) for name in names)
+
+
+def _is_worthless(path: Path) -> bool:
+    """Tells whether a folder is a run that never began."""
+    return _is_run(path) and not has_begun(path)
+
+
+def _is_run(path: Path) -> bool:
+    # A process that was killed while it made the folder may have come no further than that.
+    bare = {".lock", "logs", PLAN_FILE + PARTIAL_SUFFIX}
+    return (path / PLAN_FILE).is_file() or {one.name for one in path.iterdir()} <= bare
 
 
 def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: str, *, overwrite: bool) -> RunFolder:
@@ -106,13 +134,20 @@ def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: s
     root = Path(output_dir).expanduser()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        replaced = _set_aside(root, name) if name and overwrite and (root / name).exists() else None
-        path = _claim(root, name) if name else _claim_next(root, stem)
-        folder = RunFolder(path, uuid.uuid4().hex, RunLock(path), replaced)
-        folder.log.parent.mkdir(mode=0o700)
-        write_atomic(folder.plan, plan_text)
-        facts = {"run_id": folder.run_id, "created": datetime.now(UTC).isoformat(), "forge": __version__}
-        write_atomic(path / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+        with contextlib.ExitStack() as undo:
+            with claiming(root):
+                replaced = _make_way(root / name, overwrite) if name else None
+                if replaced:
+                    undo.callback(replaced.put_back)
+                path = _claim(root, name) if name else _claim_next(root, stem)
+                undo.callback(shutil.rmtree, path, ignore_errors=True)
+                folder = RunFolder(path, uuid.uuid4().hex, RunLock(path), replaced)
+                undo.callback(folder.lock.release)
+            folder.log.parent.mkdir(mode=0o700)
+            write_atomic(folder.plan, plan_text)
+            facts = {"run_id": folder.run_id, "created": datetime.now(UTC).isoformat(), "forge": __version__}
+            write_atomic(path / RUN_FILE, json.dumps(facts, indent=1) + "\n")
+            undo.pop_all()
     except OSError as error:
         raise MachineError(
             f"the run folder cannot be made: {error.strerror}",
@@ -122,8 +157,12 @@ def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: s
     return folder
 
 
-def open_run_folder(path: Path) -> RunFolder:
+def open_run_folder(path: Path, *, break_lock: bool = False) -> RunFolder:
     """Takes up the folder of a run that was stopped.
+
+    Args:
+        path: The folder.
+        break_lock: As for :class:`RunLock`.
 
     Raises:
         CheckpointError: It is no run of Forge's.
@@ -131,7 +170,7 @@ def open_run_folder(path: Path) -> RunFolder:
     """
     run_id = read_run_id(path)
     try:
-        lock = RunLock(path)
+        lock = RunLock(path, break_lock=break_lock)
     except OSError as error:
         raise MachineError(
             f"the run folder cannot be written: {error.strerror}",
@@ -150,11 +189,26 @@ def read_run_id(path: Path) -> str:
     try:
         return str(json.loads((path / RUN_FILE).read_text(encoding="utf-8"))["run_id"])
     except (OSError, ValueError, KeyError, TypeError):
+        kept = list_replaced(path)
         raise CheckpointError(
             f"this is no run folder: it has no {RUN_FILE} that can be read",
             where=str(path),
-            fix="name the folder of a run, as in runs/NAME",
+            why=f"a run of this name was being replaced and is kept in {kept[0]}" if kept else "",
+            fix=f"put it back with: forge resume {path}" if kept else "name the folder of a run, as in runs/NAME",
         ) from None
+
+
+def recover_run(path: Path) -> str:
+    """Puts a run back that was moved aside for one that was killed before it began; returns what a user should know.
+
+    Call it before a run is opened.
+    """
+    if not list_replaced(path):
+        return ""
+    with contextlib.suppress(OSError), claiming(path.parent):
+        if kept := recover_replaced(path, _is_worthless):
+            return f"{path.name} is back from {kept.name}: what was to replace it ended before it began"
+    return ""
 
 
 def find_run(output_dir: str, name: str | None, stem: str) -> Path:
@@ -165,6 +219,7 @@ def find_run(output_dir: str, name: str | None, stem: str) -> Path:
     """
     root = Path(output_dir).expanduser()
     if name:
+        recover_run(root / name)
         found = [root / name] if (root / name).is_dir() else []
     else:
         runs = [path for path in root.glob(f"{glob.escape(stem)}*") if (path / RUN_FILE).is_file()]
@@ -191,17 +246,14 @@ def write_atomic(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def _set_aside(root: Path, name: str) -> Path:
+def _make_way(path: Path, overwrite: bool) -> ReplacedRun | None:
     """Moves an earlier run out of the way. A folder without a plan was not made by Forge and is not ours to move."""
-    path = root / name
-    if (path / RUN_FILE).is_file():
-        RunLock(path).release()  # refuses while another process trains there
-    # A process that was killed while it made the folder may have come no further than that.
-    is_bare = {one.name for one in path.iterdir()} <= {".lock", "logs", PLAN_FILE + PARTIAL_SUFFIX}
-    if not (path / PLAN_FILE).is_file() and not is_bare:
+    recover_replaced(path, _is_worthless)
+    if not (overwrite and path.exists()):
+        return None
+    if not _is_run(path):
         raise MachineError("--overwrite: this folder is not a run", where=str(path), fix="choose another name")
-    aside = root / f".{name}.replaced-{os.getpid()}"
-    return path.rename(aside)
+    return set_aside(path)
 
 
 def _claim(root: Path, name: str) -> Path:
@@ -210,12 +262,25 @@ def _claim(root: Path, name: str) -> Path:
         path.mkdir(mode=0o700)
     except FileExistsError:
         raise MachineError(
-            "this run exists already",
+            f"this run exists already{_describe(path)}",
             where=str(path),
             why="its results would be lost",
             fix="use --set name=ANOTHER, --resume to go on with it, or --overwrite to delete it",
         ) from None
     return path
+
+
+def _describe(path: Path) -> str:
+    """Writes which run a folder holds, how far it came and who has it."""
+    parts = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        facts = json.loads((path / RUN_FILE).read_text(encoding="utf-8"))
+        parts.append(f"run {facts['run_id'][:8]} of {facts['created'][:16]}")
+    saved = CheckpointStore(path / "checkpoints", "").list_paths()
+    parts += [f"saved up to {saved[0].name}"] if saved else []
+    holder = find_holder(path)
+    parts += [f"in use by {holder}"] if holder else []
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _claim_next(root: Path, stem: str) -> Path:

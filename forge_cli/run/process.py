@@ -7,16 +7,19 @@ import gc
 import importlib.util
 import logging
 import os
+import re
 import signal
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from forge_cli.checkpoints.disk import DISK_ERRORS, count_free_bytes
 from forge_cli.errors import ForgeError, MachineError, MemoryExceeded, Stopped
 from forge_cli.parts.stop_request import Interrupt
 from forge_cli.redaction import printable_lines
 from forge_cli.run.signals import describe_interrupt
 from forge_cli.schema.runspec import RunSpec
+from forge_cli.units import format_bytes
 
 
 def prepare_process() -> str:
@@ -71,12 +74,24 @@ class _MaskingFormatter(logging.Formatter):
         return printable_lines(super().format(record))
 
 
+class RunLog(logging.FileHandler):
+    """Writes what libraries say to a file; where the disk takes no more, the lines are lost and the run goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Writes no traceback to the terminal."""
+
+    def close(self) -> None:
+        """Closes the file; what was not written by now is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 @contextlib.contextmanager
 def library_logs(path: Path) -> Iterator[None]:
     """Sends what transformers, TRL, PEFT and ``warnings`` say to a file, so that the terminal stays readable."""
     import transformers
 
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = RunLog(path, encoding="utf-8", delay=True)
     handler.setFormatter(_MaskingFormatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     transformers.utils.logging.disable_default_handler()
     transformers.utils.logging.disable_progress_bar()
@@ -120,13 +135,22 @@ def translated_errors(log: Path) -> Iterator[None]:
                 fix="lower training.per_device_train_batch_size or data.max_length, set "
                 "training.activation_checkpointing: true, or use preset: memory_efficient",
             ) from error
-        if isinstance(error, OSError) and error.errno in (28, 30, 122):
+        if (reason := _find_disk_error(error)) is not None:
             raise MachineError(
-                f"a file cannot be written: {error.strerror}",
-                where=str(error.filename or log.parent.parent),
-                fix="free some space, or set output_dir to another disk",
+                f"a file cannot be written or read: {reason}; {format_bytes(count_free_bytes(log))} are free",
+                where=str(getattr(error, "filename", None) or log.parent.parent),
+                why="checkpoints are untouched",
+                fix=f"make room, then: forge resume {log.parent.parent}; or set output_dir to another disk",
             ) from error
         raise
+
+
+def _find_disk_error(error: Exception) -> str | None:
+    """Returns what the disk said; safetensors' own writer says it in words only."""
+    number = error.errno if isinstance(error, OSError) else None
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(match[1])
+    return os.strerror(number) if number in DISK_ERRORS else None
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -14,6 +14,7 @@ from forge_cli.build.adapter import TrainableReport
 from forge_cli.build.compute import Compute, dtype_name
 from forge_cli.build.data import PreparedData
 from forge_cli.data.report_text import render_table
+from forge_cli.errors import MachineError
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.parts.memory import MemoryCallback
 from forge_cli.parts.monitor import MonitorCallback
@@ -56,10 +57,22 @@ class Findings:
 
 
 def write_report(findings: Findings, folder: RunFolder) -> dict:
-    """Writes both files and returns the content of ``report.json``."""
+    """Writes both files, notes that the run is finished, and returns the content of ``report.json``.
+
+    Raises:
+        MachineError: The disk does not take them; the weights are saved.
+    """
     report = build_report(findings, folder)
-    write_atomic(folder.path / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    write_atomic(folder.path / "report.md", render_markdown(report))
+    try:
+        write_atomic(folder.path / REPORT_FILE, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        write_atomic(folder.path / "report.md", render_markdown(report))
+        folder.note_facts(finished=True)
+    except OSError as error:
+        raise MachineError(
+            f"the report cannot be written: {error.strerror}; the weights are saved in {findings.weights}",
+            where=str(error.filename or folder.path),
+            fix=f"make room, then: forge resume {folder.path}; only the weights and the report are written again",
+        ) from error
     return report
 
 
@@ -67,6 +80,7 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
     """Gathers the report as plain data. Units are in the names; ratios run from 0 to 1."""
     plan, monitor, training = findings.plan, findings.monitor, findings.training
     steps = [r for r in monitor.records if r.get("loss") is not None and not r.get("diverged")]
+    losses = [r["loss"] for r in steps if not r.get("skipped")]
     on_gpu = findings.compute.device.startswith("cuda")
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory if on_gpu else 0
     estimate = estimate_from_plan(plan)
@@ -78,8 +92,8 @@ def build_report(findings: Findings, folder: RunFolder) -> dict:
             "eval_before": training.loss_before.get("eval_loss"),
             "eval_raw": training.loss_after.get("eval_loss"),
             "eval_ema": training.loss_after.get("eval_ema_loss"),
-            "train_first": steps[0]["loss"] if steps else None,
-            "train_last": steps[-1]["loss"] if steps else None,
+            "train_first": losses[0] if losses else None,
+            "train_last": losses[-1] if losses else None,
         },
         "exact_match_ratio": {"before": findings.exact_match_before, "after": findings.exact_match_after},
         "reference": findings.reference,

@@ -168,7 +168,7 @@ def _train_through(trainer: WatchedTrainer, path: Path | None, reporter: Reporte
         else:
             break
     if trainer.keeper:
-        trainer.keeper.finish()
+        trainer.keeper.finish(is_over=True)
 
 
 def _take_up(folder: RunFolder, trainer: WatchedTrainer, point: ResumePoint | None) -> dict[str, float] | None:

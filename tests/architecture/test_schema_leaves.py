@@ -102,6 +102,7 @@ VARIANTS: dict[str, tuple[object, dict]] = {
     "monitor.gradients": (False, {}),
     "monitor.spike_ratio": (2.0, {}),
     "monitor.spike_window": (9, {}),
+    "monitor.on_spike": ("skip", {}),
     "training.learning_rate": (1e-3, {}),
     "training.num_train_epochs": (1, {}),
     "training.max_steps": (9, {}),
@@ -150,6 +151,11 @@ def build_spec(changes: dict[str, object]) -> RunSpec:
 
 def plain(value: object) -> object:
     return json.loads(json.dumps(value, default=str, sort_keys=True))
+
+
+def is_nameless(value: object) -> bool:
+    """Tells whether the text of a value is an address, which differs every time."""
+    return " at 0x" in str(value)
 
 
 def test_every_leaf_has_a_variant():
@@ -237,9 +243,9 @@ def hand_over(spec: RunSpec, load_tiny, monkeypatch) -> object:
     handed["trained"] = (trained, trainable.freeze and trainable.freeze.prefix_without_grad, config)
 
     for part in (build_ema(spec), build_monitor(spec)):
-        handed[type(part).__name__] = [(k, str(v)) for k, v in vars(part).items()] + [
-            getattr(getattr(part, "_recent_losses", None), "maxlen", None)
-        ]
+        handed[type(part).__name__] = [(k, str(v)) for k, v in vars(part).items() if not is_nameless(v)]
+    guard = vars(build_monitor(spec).guard)
+    handed["guard"] = [(k, str(v), getattr(v, "maxlen", None)) for k, v in guard.items()]
     handed["data"] = hand_over_data(spec)
     questions = handed["data"][-1] if isinstance(handed["data"][-1], tuple) else ()
     if spec.report and questions:

@@ -31,8 +31,8 @@ WARM = {
     "rows": [["data", "preview", "run.yaml"], ["data", "check", "run.yaml"]],
     "arguments": [
         ["estimate", "run.yaml"],
-        ["recipes", "list"],
-        ["presets", "list"],
+        ["data", "check", "run.yaml"],
+        ["data", "preview", "run.yaml"],
         ["config", "validate", "run.yaml"],
     ],
 }

@@ -46,8 +46,9 @@ words = st.one_of(
 _TOKENS = [
     b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\x80", b"\x1b[31m", b"\r", b"\n",
     b"\t", b"&a ", b"*a", b"<<: *a\n", b"!!python/object/apply:os.system ", b"!<x> ", b"%YAML 9.9\n", b"---\n",
-    b"...\n", b"? ", b"- " * 60, b"[" * 500, b"{" * 500, b"{a: " * 300, b"|9\n", b">-\n", b"'", b'"', b'"\\ud800"', b'"\\x"',
-    b"1" * 5000, b"1e400", b"null", b"NaN", b"{}", b"[]", b",", b"]", b"}", b'{"a":1,"a":2}', b"<|im_end|>", b"</s>",
+    b"...\n", b"? ", b"- " * 60, b"[" * 500, b"{" * 500, b"{a: " * 300, b"|9\n", b">-\n", b"'", b'"', b'"\\ud800"',
+    b'"\\x"', b"1" * 5000, b"1e400", b"null", b"NaN", b"{}", b"[]", b",", b"]", b"}", b'{"a":1,"a":2}',
+    b"<|im_end|>", b"</s>",
 ]
 # fmt: on
 tokens = st.one_of(st.sampled_from(_TOKENS), st.binary(max_size=8))

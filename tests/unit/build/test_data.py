@@ -348,16 +348,12 @@ def test_a_stream_never_runs_dry_in_silence(prepare, on_overlong, why):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_what_decides_the_rows_is_named_so_that_a_change_can_be(prepare, tmp_path, streaming):
-    rows, more = (
-        [chat("q", str(number)) for number in range(8)],
-        {"eval_rows": [chat("e", "f")], "streaming": streaming},
-    )
+    rows = [chat("q", str(number)) for number in range(8)]
+    more = {"eval_rows": [chat("e", "f")], "streaming": streaming}
     first, again = prepare(rows, **more), prepare(rows, **more)
     assert first.identity == again.identity
     assert first.fingerprint == again.fingerprint and len(first.fingerprint) == 40
-    train, held_back = (
-        f"data.{split} {tmp_path / name}.jsonl" for split, name in (("train", "rows"), ("eval", "eval"))
-    )
+    train, held_back = f"data.train {tmp_path}/rows.jsonl", f"data.eval {tmp_path}/eval.jsonl"
     swapped = prepare([*rows[1:], rows[0]], **more)  # as long as before, and with as many rows
     assert {key for key, value in first.identity.items() if swapped.identity[key] != value} == {train}
     other = prepare(rows, **more | {"eval_rows": [chat("e", "g")]}, seed=1)

@@ -128,6 +128,16 @@ def test_copies_are_used_and_what_is_missing_is_the_machines_fault(online, tmp_p
     assert f"`hf download org/name --repo-type dataset --local-dir FOLDER` {there} name its files" in str(rows.value)
 
 
+def test_code_beside_a_model_of_the_hub_is_refused(online, tmp_path):
+    online(CLOSED)
+    keep_copy(tmp_path / "cache", "config.json", "tokenizer.json", "tokenizer_config.json")
+    (config,) = tmp_path.rglob("config.json")
+    config.write_text(config.read_text().replace("{", '{"_attn_implementation_internal": "org/kernel",', 1))
+    spec = spec_of("org/name")
+    with hub_or_copies(spec, lambda text: None), pytest.raises(ModelError, match="its own Python code"):
+        load_tokenizer(spec)
+
+
 def test_a_switch_that_keeps_the_hub_away_is_named(online, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
