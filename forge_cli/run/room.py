@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from forge_cli.checkpoints.disk import count_free_bytes
+from forge_cli.checkpoints.disk import count_free_bytes, describe_shortage
 from forge_cli.checkpoints.store import CheckpointStore
 from forge_cli.errors import MachineError
 from forge_cli.estimate.weights import weigh_optimizer
@@ -43,7 +43,9 @@ def predict_checkpoint(model: nn.Module, optim: str, *, has_ema: bool) -> int:
         embeddings = Counter(p.numel() for p in trained.values() if id(p) in wide)
         width = max((p.element_size() for p in trained.values()), default=4)
         # On the disk a paged state takes as much as another.
-        states = weigh_optimizer(sizes, optim.removeprefix("paged_").replace("adamw_bnb", "adamw"), width, 1, embeddings)
+        states = weigh_optimizer(
+            sizes, optim.removeprefix("paged_").replace("adamw_bnb", "adamw"), width, 1, embeddings
+        )
         num_states = len(trained) * (0 if optim == "sgd" else 3)
     return weights * (2 if has_ema else 1) + states + names * (2 if has_ema else 1) + num_states * 150 + _STATE_BYTES
 
@@ -83,11 +85,9 @@ def check_room(plan: Plan, root: Path, run_id: str, model: nn.Module, num_steps:
     # A resumed run has some of them already.
     present = len(CheckpointStore(root / "checkpoints", run_id).list_sound())
     needed = max(0, count - present) * checkpoint + exported + MARGIN_BYTES
-    free = count_free_bytes(root)
-    if free < needed:
+    if count_free_bytes(root) < needed:
         raise MachineError(
-            f"the disk has too little room for this run: it needs {format_bytes(needed)}, and {format_bytes(free)} are "
-            "free",
+            describe_shortage(needed, root, "the disk has too little room for this run"),
             where=str(root),
             why=f"{count} checkpoints of {format_bytes(checkpoint)} and {format_bytes(exported)} of weights",
             fix="make room, lower checkpoint.save_total_limit, or set output_dir to another disk",

@@ -28,6 +28,7 @@ from forge_cli.run.folder import RunFolder, write_atomic
 from forge_cli.run.report import TrainingFigures
 from forge_cli.run.reporter import Reporter
 from forge_cli.run.resume import ResumePoint
+from forge_cli.run.room import check_room
 from forge_cli.run.watchdog import Watchdog, read_limit
 
 if TYPE_CHECKING:
@@ -125,9 +126,10 @@ def run_training(
     memory = trainer.monitor.memory
     watchdog = Watchdog(folder.log.parent, read_limit())
     trainer.stop, trainer.on_progress = stop, watchdog.mark
-    loss_before = _take_up(folder, trainer, point) or trainer.evaluate_now()
     # The trainer's own arithmetic of epochs, batches and accumulation.
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
+    check_room(plan, folder.path, folder.run_id, trainer.model, num_steps)
+    loss_before = _take_up(folder, trainer, point) or trainer.evaluate_now()
     if not plan.spec.training.max_steps:
         for warning in warn_about_ema(plan.spec, num_steps):
             reporter.say(f"note: {warning}")

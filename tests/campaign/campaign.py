@@ -25,7 +25,6 @@ COMMANDS = {
     "corruptions": (["corruptions.py"], 4),
     "signals": (["signals.py"], 5),
     "nan": (["nan.py"], 6),
-    "oom": (["oom.py"], 7),
     "disk": (["disk.py"], 8),
     "locks": (["locks.py"], 10),
     "fuzz": (["fuzz.py", "--minutes", "30"], 11),

@@ -35,7 +35,9 @@ def main() -> int:
     failures, rows = [], {}
     for number, (kind, fault, code) in enumerate(CASES):
         folder = root / str(number)
-        path = write_run_file(folder, kind, checkpoint={"save_steps": 1, "save_total_limit": 20})
+        training = {"max_steps": 16 if code else 8}
+        checkpoint = {"save_steps": 1, "save_total_limit": 20}
+        path = write_run_file(folder, kind, checkpoint=checkpoint, training=training)
         environment = {"FORGE_CACHE": str(root / "cache"), "FORGE_FAULT": fault}
         child = forkserver.run(["train", str(path)], folder / "log", environment)
         run = folder / "runs" / kind

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from forge_cli import faults
 from forge_cli.errors import ConfigError, DivergedError
 from forge_cli.resolve.plan import resolve_mapping
-from forge_cli.run.execute import Resuming, resume_plan, train_plan
+from forge_cli.run.execute import train_plan
 from forge_cli.run.reporter import QuietReporter
 
 LORA = {"r": 4, "lora_alpha": 8}
+PLAIN = {"lr_scheduler_type": "constant", "activation_checkpointing": False, "gradient_accumulation_steps": 1}
 EVERY = {"save_steps": 1, "save_total_limit": 20}
 
 
@@ -48,11 +49,11 @@ def have_same_bits(folder, *steps: int) -> bool:
 
 @pytest.mark.parametrize("kind", ["packed", "dpo"])
 def test_after_three_bad_steps_their_rows_are_left_out_for_good(kind, pair_settings, tiny_settings, trainers, suffer):
-    training = {"max_steps": 5, "lr_scheduler_type": "constant"}
+    training = {**PLAIN, "max_steps": 5}
     packed = {"lora": LORA, "data": {"train": "forge:quickstart/train", "max_length": 128, "packing": True}}
     make = pair_settings if kind == "dpo" else lambda **changes: tiny_settings(**packed, **changes)
     suffer("nan@loss:2,nan@gradient:3,inf@loss:4")
-    settings = make(training=training, checkpoint={"save_steps": 9, "save_total_limit": 3}, name="run")
+    settings = make(training=training, checkpoint={"save_steps": 5}, name="run")
     result = run(settings)
     alarms = [one for one in result.report["alarms"] if one["alarm"] == "skipped"]
     assert [one["step"] for one in alarms] == [2, 3, 4]
@@ -67,16 +68,11 @@ def test_after_three_bad_steps_their_rows_are_left_out_for_good(kind, pair_setti
     assert have_same_bits(result.folder, 1, 5) is False
     assert json.loads((result.folder / "report.json").read_text(), parse_constant=pytest.fail)["steps"] == 5
 
-    suffer("")
-    longer = resolve_mapping({**settings, "training": {**settings["training"], **training, "max_steps": 6}})
-    resume_plan(result.folder, longer, Resuming(("training.max_steps",)), QuietReporter())
-    assert trainers[-1].monitor.guard is not guard and sorted(trainers[-1].monitor.guard.excluded) == bad
-
 
 @pytest.mark.parametrize("on_spike", ["skip", "rollback", "stop"])
 def test_a_spike_is_met_as_configured(on_spike, tiny_settings, suffer):
     suffer("spike@loss:7")
-    training = {"max_steps": 8, "lr_scheduler_type": "constant"}
+    training = {**PLAIN, "max_steps": 8}
     monitor = {"on_spike": on_spike, "spike_window": 5}
     settings = tiny_settings(lora=LORA, training=training, monitor=monitor, checkpoint=EVERY, name="spike")
     if on_spike == "stop":
@@ -85,7 +81,7 @@ def test_a_spike_is_met_as_configured(on_spike, tiny_settings, suffer):
         return
     result = run(settings)
     (alarm,) = (one for one in result.report["alarms"] if one["alarm"] == "skipped")
-    assert alarm["step"] == 7 and len(alarm["rows"]) == 4 and "its running median" in alarm["message"]
+    assert alarm["step"] == 7 and len(alarm["rows"]) == 2 and "its running median" in alarm["message"]
     assert have_same_bits(result.folder, 6, 7) and not have_same_bits(result.folder, 7, 8)
     guard = read_guard(result.folder, 8)
     assert guard["excluded"] == (alarm["rows"] if on_spike == "rollback" else [])
@@ -95,7 +91,7 @@ def test_a_spike_is_met_as_configured(on_spike, tiny_settings, suffer):
 def test_without_checkpoints_the_third_bad_step_ends_the_run(tiny_settings, suffer):
     suffer("nan*99@gradient")
     with pytest.raises(DivergedError, match=r"step 3: the gradient is not finite, 1 of \d+ gradients"):
-        run(tiny_settings(lora=LORA, training={"max_steps": 9}, checkpoint=None))
+        run(tiny_settings(lora=LORA, training={**PLAIN, "max_steps": 9}, checkpoint=None))
 
 
 def test_going_back_needs_checkpoints(tiny_settings):
