@@ -43,9 +43,7 @@ def predict_checkpoint(model: nn.Module, optim: str, *, has_ema: bool) -> int:
         embeddings = Counter(p.numel() for p in trained.values() if id(p) in wide)
         width = max((p.element_size() for p in trained.values()), default=4)
         # On the disk a paged state takes as much as another.
-        states = weigh_optimizer(
-            sizes, optim.removeprefix("paged_").replace("adamw_bnb", "adamw"), width, 1, embeddings
-        )
+        states = weigh_optimizer(sizes, optim.removeprefix("paged_"), width, 1, embeddings)
         num_states = len(trained) * (0 if optim == "sgd" else 3)
     return weights * (2 if has_ema else 1) + states + names * (2 if has_ema else 1) + num_states * 150 + _STATE_BYTES
 

@@ -1,11 +1,14 @@
 """A disk that is too small: 30 sizes, and full, read-only and limited disks under whole runs (bar 8).
 
-python tests/campaign/disk.py    (mounts tmpfs where it may; elsewhere files are limited by RLIMIT_FSIZE, and it says so)
+python tests/campaign/disk.py
+
+Mounts tmpfs where it may; elsewhere files are limited by RLIMIT_FSIZE, and it says so.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import shutil
 import subprocess
@@ -21,7 +24,7 @@ import forkserver
 from small_runs import list_state, print_table, write_run_file
 
 from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, verify
-from forge_cli.errors import CheckpointError, MachineError
+from forge_cli.run.folder import read_run_id
 
 RUN = "d" * 32
 SIZES = 30
@@ -40,7 +43,7 @@ def main() -> int:
     header = ["disk", "sizes", "saves refused", "earlier one verified", "needed and free said", "nothing left behind"]
     print_table("A second checkpoint on a disk with a first one", rows, header)
     failures = sum(row[1] != row[3] or row[2] != row[4] or row[1] != row[5] or not row[2] for row in rows)
-    cases = [*(MOUNTED if mounts else ()), try_limit, try_report]
+    cases = [*(MOUNTED if mounts else ()), try_limit, try_report, try_places]
     rows = [case(root) for case in cases]
     print_table("Whole runs", rows, ["disk", "what has to happen", "exit", "held"])
     failures += sum(row[-1] != "yes" for row in rows)
@@ -283,6 +286,37 @@ def try_report(root: Path) -> list[object]:
     held = child.code == 5 and "the weights are saved in" in child.read_log()
     held = held and (root / "report" / "runs" / "lora" / "adapter" / "adapter_model.safetensors").exists()
     return judge("no room for the report", "5 with the place of the weights", child, held)
+
+
+def try_places(root: Path) -> list[object]:
+    """A killed run behind a link, in an oddly named folder, is moved and loses its best checkpoint and all times."""
+    real = root / "real place ü" / ("long " * 40).strip()
+    real.mkdir(parents=True)
+    (root / "link").symlink_to(real)
+    changes = {
+        "data": {"eval": "forge:quickstart/heldout"},
+        "evaluation": {"per_device_eval_batch_size": 30, "eval_steps": 2},
+        "checkpoint": {"save_steps": 2, "save_total_limit": 3},
+    }
+    run_file = write_run_file(root / "places", "lora", output_dir=str(root / "link"), **changes)
+    log = run_file.with_suffix(".log")
+    killed = forkserver.run(["train", str(run_file)], log, {"FORGE_FAULT": "kill@step:7"}).code
+    moved = root / "moved here"
+    shutil.move(real / "lora", moved)
+    found = CheckpointStore(moved / "checkpoints", read_run_id(moved)).list_sound()
+    best = min(found, key=lambda one: one.manifest.eval_loss or 9e9)
+    newest = max(one.step for one in found)
+    if best.step != newest:
+        shutil.rmtree(best.path)
+    for name in (".tmp-00000007-1", ".trash-00000001-1", "mine"):
+        (moved / "checkpoints" / name).mkdir()
+    for path in moved.rglob("*"):
+        os.utime(path, (0, 0))
+    child = forkserver.run(["resume", str(moved)], log, {"FORGE_FAULT": ""})
+    names = {path.name for path in (moved / "checkpoints").iterdir()}
+    held = killed == 137 and child.code == 0 and f"resumed from step-{newest:08d}" in child.read_log()
+    held = held and "mine" in names and not any(name.startswith(".t") for name in names)
+    return judge("a link, an odd name, moved, best gone, times 0", "resumes from the newest; leftovers go", child, held)
 
 
 MOUNTED = (try_too_small, try_read_only, try_full, try_remounted)

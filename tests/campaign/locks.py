@@ -20,7 +20,7 @@ from small_runs import print_table
 from forge_cli.errors import ForgeError
 from forge_cli.run.folder import create_run_folder, open_run_folder
 
-RACES = 25
+RACES = 50
 WON, TOLD = 0, 5
 
 

@@ -17,12 +17,14 @@ import forkserver
 from small_runs import print_table, write_run_file
 
 STEPS = (2, 3, 5, 7)
+THREE = (4, 5, 6)
 CASES = [
     (kind, fault, code)
     for kind in ("full", "lora")
     for place, action in (("loss", "nan"), ("loss", "inf"), ("gradient", "nan"))
     for fault, code in (
         *((f"{action}@{place}:{step}", 0) for step in STEPS),
+        (",".join(f"{action}@{place}:{step}" for step in THREE), 0),
         (f"{action}*99@{place}", 10),
     )
 ]
@@ -45,14 +47,18 @@ def main() -> int:
         bad = _count_non_finite(run)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         named = any((one.get("skipped") or one.get("diverged")) and one.get("rows") for one in lines)
-        row = rows.setdefault((kind, fault.split("@")[1].split(":")[0], fault.split("@")[0]), [0] * 5)
-        for place, holds in enumerate((True, child.code == code, untouched, not bad, named)):
+        times, rollbacks = ("endless", 2) if code else ("3 steps", 1) if "," in fault else ("1 step", 0)
+        went_back = (folder / "log").read_text().count(": back to step-")
+        row = rows.setdefault((kind, *fault.split(":")[0].replace("*99", "").split("@")[::-1], times), [0] * 6)
+        verdicts = (child.code == code, untouched, not bad, named, went_back == rollbacks)
+        for place, holds in enumerate((True, *verdicts)):
             row[place] += holds
-        if child.code != code or not untouched or bad or not named:
-            failures.append(f"{kind} {fault}: exit {child.code}, {untouched=}, {bad=}, {named=}")
+        if not all(verdicts):
+            failures.append(f"{kind} {fault}: exit {child.code}, {untouched=}, {bad=}, {named=}, {went_back=}")
         shutil.rmtree(folder)
     print("\n".join(failures[:10]))
-    header = ["trained", "place", "injected", "cases", "exit code right", "weights as before", "none committed", "rows"]
+    header = ["trained", "place", "injected", "in", "cases", "exit code right", "weights as before", "none committed"]
+    header += ["rows named", "went back as often as it should"]
     print_table("Not finite", [[*key, *row] for key, row in rows.items()], header)
     print(f"\n{len(CASES) - len(failures)} of {len(CASES)}")
     shutil.rmtree(root)

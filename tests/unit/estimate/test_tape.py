@@ -108,3 +108,13 @@ def test_every_byte_is_given_back():
     tape.backward(loss)
     del loss, x, weight, parts
     assert ledger.live_bytes == 0 and not any(ledger.parts.values())
+
+
+def test_a_gradient_that_two_weights_get_is_not_one_tensor():
+    ledger, tape, ops = make()
+    first, second = tape.leaf(10, 4, True), tape.leaf(10, 4, True)
+    loss = mean(tape, ops.add(first, second))
+    tape.backward(loss)
+    del loss
+    assert ledger.parts["gradients"] == ledger.live_bytes == 2 * 10 * 4
+    assert first.grad is not second.grad
