@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from forge_cli.data.hub import hub_or_copies
+from forge_cli.data.hub import hub_or_copies, leave_hub
 from forge_cli.parts.stop_request import StopRequest
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.run.folder import (
@@ -234,6 +234,7 @@ def _train(
     reporter.say(examination.announce("before"))
     before = examination.answer(model)
     trainer, reference = build_trainer(plan, folder, reporter, model, tokenizer, data, compute, memory)
+    leave_hub(spec)
     prove_sequences(plan, trainer, compute, reporter)
     training = run_training(plan, folder, trainer, reporter, point, stop)
     release_reference(trainer)

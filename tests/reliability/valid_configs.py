@@ -157,6 +157,7 @@ def _add_dependent(spec: dict, dice: random.Random) -> None:
         spec["ema"].update(update_after_step=dice.choice([0, 100]), update_every=dice.choice([1, 10]))
     if "monitor" in spec:
         spec["monitor"].update(spike_ratio=dice.choice([1.5, 10]), spike_window=dice.choice([5, 150]))
+        spec["monitor"]["on_spike"] = dice.choice(["warn", "skip", "stop"])  # rollback needs checkpoints
     evaluated = any(name in data for name in ("eval", "eval_fraction", "eval_rows"))
     if evaluated and dice.random() < 0.7:
         spec["evaluation"] = {"eval_steps": dice.choice(["epoch", 1, 200]), "per_device_eval_batch_size": 4}

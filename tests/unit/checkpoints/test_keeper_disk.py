@@ -44,6 +44,17 @@ def test_a_full_disk_is_borne_twice_and_ends_the_third_save(tmp_path, small_file
     assert isinstance(verify(tmp_path / "step-00000001", RUN), Checkpoint)
 
 
+def test_saves_missed_at_the_end_of_a_training_do_not_cost_its_weights(tmp_path, small_files):
+    said: list[str] = []
+    keeper = Keeper(CheckpointStore(tmp_path, RUN), {}, said.append)
+    save(keeper, 1)
+    small_files()
+    for step in (2, 3, 4):
+        save(keeper, step)
+    keeper.finish(is_over=True)
+    assert len(said) == 3 and not keeper.has_saved(4)
+
+
 def test_a_save_that_works_again_forgives_the_missed_ones(tmp_path, small_files):
     keeper = Keeper(CheckpointStore(tmp_path, RUN), {})
     save(keeper, 1)

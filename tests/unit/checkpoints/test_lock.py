@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -56,9 +57,13 @@ def test_a_killed_holder_leaves_the_folder_free_though_its_worker_lives(tmp_path
             RunLock(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        began = time.monotonic()
-        RunLock(tmp_path).release()
-        assert time.monotonic() - began < 1
+        # A worker that is being started lets go as soon as it runs.
+        until, is_free = time.monotonic() + 1, False
+        while not is_free and time.monotonic() < until:
+            with contextlib.suppress(MachineError):
+                RunLock(tmp_path).release()
+                is_free = True
+        assert is_free
         os.killpg(holder.pid, 0)  # the worker is still there
     finally:
         os.killpg(holder.pid, signal.SIGKILL)
