@@ -245,7 +245,8 @@ class MonitorCallback(TrainerCallback):
         """Asks the guard before the update and does what it says; returns whether the step is skipped."""
         loss = self._step_loss
         if loss is not None and self._step_tokens == 0:
-            self.is_skipped = True  # all rows were left out
+            self.is_skipped = True
+            self.alarm(step, "empty", "all rows of this step are left out: nothing is learned from it")
             return True
         values = [total] if loss is None else [total, loss.to(total.device, total.dtype)]
         norm, value = [*torch.stack(values).tolist(), None][:2]

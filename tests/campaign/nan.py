@@ -71,8 +71,12 @@ def _is_same(run: Path, step: int) -> bool:
 
     before, after = (run / "checkpoints" / f"step-{one:08d}" for one in (step - 1, step))
     for name in ("weights", "ema", "optimizer"):
-        states = [load_file(folder / f"{name}.safetensors") for folder in (before, after)]
-        if any(states[0][key].tobytes() != states[1][key].tobytes() for key in states[0]):
+        # Before the first update an optimizer has no tensors, and no file.
+        files = [folder / f"{name}.safetensors" for folder in (before, after)]
+        states = [load_file(file) if file.exists() else {} for file in files]
+        if states[0].keys() != states[1].keys() or any(
+            states[0][key].tobytes() != states[1][key].tobytes() for key in states[0]
+        ):
             return False
     return True
 

@@ -81,6 +81,7 @@ def test_an_exploding_gradient_is_a_spike():
 def test_neither_nan_nor_spikes_enter_the_window():
     guard = Guard("skip", 3.0, 5, most_skips=9)
     judge_all(guard, [1.0, 1.1, NAN, 0.9, 1.0, 1.2, 50.0, math.inf])
+    guard.judge(2.0, math.inf, has_scaler=True)
     assert list(guard.losses) == [1.0, 1.1, 0.9, 1.0, 1.2] and list(guard.norms) == [1.0] * 5
 
 
