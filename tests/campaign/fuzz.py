@@ -111,18 +111,16 @@ def replay(path: Path, folder: Path) -> None:
     print(outcome["said"])
 
 
-def show(tallies: dict[str, Tally], kept: Path) -> None:
-    """Prints the table, and each kind of failure with one input that shows it."""
-    print(f"{'part':10} {'cases':>7} {'failures':>8} {'slowest s':>9} {'peak MB':>8} {'at start':>8}  exit codes")
-    for part, one in tallies.items():
-        codes = " ".join(f"{code}:{count}" for code, count in sorted(one.codes.items()))
-        sizes = f"{one.slowest:9.2f} {one.memory_mb:8.0f} {one.start_mb:8.0f}"
-        print(f"{part:10} {one.cases:7} {len(one.failures):8} {sizes}  {codes}")
-    for number, failure in enumerate(one for tally in tallies.values() for one in tally.failures):
+def show(part: str, one: Tally, kept: Path) -> None:
+    """Prints the row of a part, and keeps each input that failed."""
+    codes = " ".join(f"{code}:{count}" for code, count in sorted(one.codes.items()))
+    sizes = f"{one.slowest:9.2f} {one.memory_mb:8.0f} {one.start_mb:8.0f}"
+    print(f"{part:10} {one.cases:7} {len(one.failures):8} {sizes}  {codes}", flush=True)
+    for number, failure in enumerate(one.failures):
         kept.mkdir(exist_ok=True)
-        path = kept / f"{number}.json"
+        path = kept / f"{part}-{number}.json"
         path.write_text(json.dumps(failure))
-        print(f"{path}: {failure['case']['args']!a} {failure['wrong']!a}"[:600])
+        print(f"{path}: {failure['case']['args']!a} {failure['wrong']!a}"[:600], flush=True)
 
 
 def main() -> None:
@@ -139,13 +137,19 @@ def main() -> None:
         if chosen.replay:
             replay(chosen.replay, Path(folder))
             return
-        print(f"seed {start}", flush=True)
-        each = 60 * chosen.minutes / len(chosen.parts)
-        tallies = {part: run_part(part, each, start, Path(folder)) for part in chosen.parts}
-        show(tallies, chosen.keep)
+        print(f"seed {start}")
+        print(
+            f"{'part':10} {'cases':>7} {'failures':>8} {'slowest s':>9} {'peak MB':>8} {'at start':>8}  exit codes",
+            flush=True,
+        )
+        failures = 0
+        for part in chosen.parts:
+            tally = run_part(part, 60 * chosen.minutes / len(chosen.parts), start, Path(folder))
+            show(part, tally, chosen.keep)
+            failures += len(tally.failures)
         strange = {one.name for one in Path(folder).iterdir()} - {*PARTS}
         print(*(f"strange file: {one}" for one in strange), sep="\n", end="")
-    sys.exit(1 if strange or any(one.failures for one in tallies.values()) else 0)
+    sys.exit(1 if strange or failures else 0)
 
 
 if __name__ == "__main__":
