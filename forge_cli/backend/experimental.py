@@ -44,6 +44,11 @@ class ExperimentalTrainer(PreferenceTrainer):
         """Counts the pairs of a batch."""
         return (inputs["chosen_input_ids"].shape[0],) * 2
 
+    def find_joining(self) -> str:
+        """The plain loss is a mean over the tokens of a batch, the rest one over its pairs."""
+        has_plain = self._name == "ORPO" or self.cpo_alpha
+        return "its plain loss is a mean over tokens, the rest over pairs" if has_plain else super().find_joining()
+
     def weigh_loss(self, loss: torch.Tensor, inputs: dict) -> WeightedMeans:
         """The loss is a mean over pairs, and a plain loss that is a mean over tokens."""
         [(loss, pairs)] = super().weigh_loss(loss, inputs)

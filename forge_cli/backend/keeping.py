@@ -25,6 +25,7 @@ OVERRIDDEN = (
     "_load_rng_state",
     "_get_train_sampler",
     "_run_epoch",
+    "get_batch_samples",
     "_maybe_log_save_evaluate",
 )
 PROBE_TOKENS = 32

@@ -79,10 +79,11 @@ class PreferenceTrainer(WatchedTrainer):
 
     def compute_loss(self, *args, **kwargs):
         """Computes TRL's loss; what is frozen of the adapter stays frozen after the reference had its turn."""
-        result = super().compute_loss(*args, **kwargs)
-        for parameter in self._frozen_adapters:
-            parameter.requires_grad_(False)
-        return result
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            for parameter in self._frozen_adapters:
+                parameter.requires_grad_(False)
 
     def count_answers(self, inputs: dict) -> tuple[int, int]:
         """Counts the better and the worse answers of a batch."""
@@ -137,6 +138,11 @@ class ForgeDPOTrainer(PreferenceTrainer, DPOTrainer):
 
     reference_columns = ("ref_chosen_logps", "ref_rejected_logps")
 
+    def find_joining(self) -> str:
+        """Some losses compare the pairs of a batch, or are a mean over its tokens."""
+        joining = sorted({"sft", "aot", "aot_unpaired"} & set(self.loss_types))
+        return f"preference.loss_type {joining[0]} joins its pairs" if joining else super().find_joining()
+
     def compute_loss(self, *args, **kwargs):
         """Computes TRL's loss; notes no share of wins where nobody can win."""
         result = super().compute_loss(*args, **kwargs)
@@ -156,6 +162,10 @@ class ForgeKTOTrainer(PreferenceTrainer, KTOTrainer):
     def stand_in(self) -> list[int]:
         """The mismatched answer of a row that is alone in its batch, as the last of an epoch or evaluation may be."""
         return self.train_dataset[0]["completion_ids"]
+
+    def find_joining(self) -> str:
+        """The KL term is measured over the rows of a batch."""
+        return "the KL term of kto is measured over its rows" if self.calculate_KL else super().find_joining()
 
     def reshape_rows(self, examples: list[dict]) -> list[dict]:
         """Gives every prompt the answer of the row before it in the batch; TRL would give a lone row its own.

@@ -9,6 +9,7 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from forge_cli.backend.guarding import GuardedTrainer
+from forge_cli.backend.splitting import SplittingTrainer
 from forge_cli.backend.stopping import StoppableTrainer
 from forge_cli.errors import MachineError
 from forge_cli.parts.ema import EMACallback
@@ -49,7 +50,7 @@ def _count_tokens(example: dict) -> int:
     return sum(len(example["prompt_ids"]) + len(answer) for answer in answers)
 
 
-class WatchedTrainer(GuardedTrainer, StoppableTrainer):
+class WatchedTrainer(SplittingTrainer, GuardedTrainer, StoppableTrainer):
     """The part of Forge's trainers that stands before one of TRL's in the order of calls.
 
     A subclass and not a callback, because no event carries a micro step's loss or the gradients before clipping, and
@@ -144,7 +145,7 @@ class WatchedTrainer(GuardedTrainer, StoppableTrainer):
 
     def list_parts(self) -> dict[str, Stateful]:
         """Lists what goes into a checkpoint beside weights and optimizer."""
-        return {"monitor": self.monitor, **({"ema": self.ema} if self.ema else {})}
+        return {**super().list_parts(), "monitor": self.monitor, **({"ema": self.ema} if self.ema else {})}
 
     def latest_eval_loss(self) -> float | None:
         """Returns the held-out loss of the present step's weights, if it is known."""

@@ -1,12 +1,33 @@
-"""Peak memory of this process by phase, on the GPU if there is one."""
+"""Peak memory of this process by phase, on the GPU if there is one; and what it is to run out of it."""
 
 from __future__ import annotations
 
+import errno
+import gc
 import resource
 import sys
 
 import torch
 from transformers import TrainerCallback
+
+# How torch's own allocators and NVIDIA's libraries say it where they raise no error of a kind of its own.
+_OUT_OF_MEMORY = ("out of memory", "defaultcpuallocator", "cublas_status_alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a failure is one of memory, of a GPU or of this machine."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, RuntimeError):  # torch.OutOfMemoryError is one
+        return isinstance(error, torch.OutOfMemoryError) or any(w in str(error).lower() for w in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)
+
+
+def free_memory() -> None:
+    """Gives back what nothing holds any more; to be called where no handled error holds tensors in its frames."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def has_counter() -> bool:

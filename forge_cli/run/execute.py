@@ -23,7 +23,7 @@ from forge_cli.run.folder import (
     recover_run,
     write_atomic,
 )
-from forge_cli.run.preflight import check_memory
+from forge_cli.run.preflight import advise_less, check_memory
 from forge_cli.run.process import check_packages, library_logs, prepare_process, translated_errors
 from forge_cli.run.reporter import PlainReporter, Reporter
 from forge_cli.run.resume import ResumePoint, compare_data, compare_plans, find_resume_point
@@ -189,8 +189,12 @@ def _carry_out(
     listener: SignalListener,
 ) -> RunResult:
     spec = plan.spec
+
+    def advise() -> str:
+        return advise_less(plan, lambda more: resolve_plan(folder.plan, more))
+
     try:
-        with translated_errors(folder.log), listener.listening() as stop, crash_stacks(folder.log.parent):
+        with translated_errors(folder.log, advise), listener.listening() as stop, crash_stacks(folder.log.parent):
             reporter.say("loading torch and transformers ...")
             with library_logs(folder.log), hub_or_copies(spec, reporter.say):
                 return _train(plan, folder, reporter, point, how, stop)

@@ -92,7 +92,9 @@ class RunFolder:
                     self.replaced.delete()
                 delete_replaced(self.path)
                 return
-            shutil.rmtree(self.path, ignore_errors=True)
+            # Renamed first: where Ctrl-C ends the deletion, half a folder does not hold the name.
+            gone = self.path.rename(self.path.with_name(f".{self.path.name}.gone-{os.getpid()}"))
+            shutil.rmtree(gone, ignore_errors=True)
             if self.replaced:
                 self.replaced.put_back()
         finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from forge_cli.errors import MachineError
+from forge_cli.errors import ForgeError, MachineError
 from forge_cli.estimate.advice import advise
-from forge_cli.estimate.budget import make_budget
+from forge_cli.estimate.budget import Device, make_budget
 from forge_cli.estimate.devices import find_visible
 from forge_cli.estimate.memory import MemoryEstimate
 from forge_cli.estimate.plan_memory import estimate_from_plan
@@ -51,14 +51,39 @@ def check_memory(
     if force:
         say(f"note: {room}; going on because of --force")
         return
-    advice = advise(plan, resolve, device)
-    options = [" ".join(f"--set {text}" for text in one.overrides) for one in advice if one.budget.fits]
+    options = _write_options(plan, resolve, device)
     raise MachineError(
         f"the run does not fit the GPU: {room}",
         where=plan.source,
         why="it would end out of memory, after the weights are loaded",
-        fix=f"{' or '.join(options[:3])}; --force tries it all the same" if options else "use a larger GPU, or --force",
+        fix=f"{options}; --force tries it all the same" if options else "use a larger GPU, or --force",
     )
+
+
+def advise_less(plan: Plan, resolve: Callable[[Sequence[str]], Plan]) -> str:
+    """Writes the ``--set`` lines with which a run that ran out of memory needs less of it; empty if none are known.
+
+    Memory gave out with one row at a time, so that is where less is looked for: a tenth less, and what the GPU has.
+    """
+
+    def resolve_row(more: Sequence[str]) -> Plan:
+        return resolve(["training.per_device_train_batch_size=1", *more])
+
+    try:
+        row = resolve_row(())
+    except ForgeError:  # a method that needs several
+        row, resolve_row = plan, resolve
+    estimate = estimate_from_plan(row)
+    if estimate is None:
+        return ""
+    device = find_visible() or Device("memory", estimate.total_bytes, context_bytes=0)
+    less_bytes = round(make_budget(estimate, device).needed_bytes * 0.9)
+    return _write_options(row, resolve_row, device._replace(usable_bytes=min(device.usable_bytes, less_bytes)))
+
+
+def _write_options(plan: Plan, resolve: Callable[[Sequence[str]], Plan], device: Device) -> str:
+    fitting = [one for one in advise(plan, resolve, device) if one.budget.fits]
+    return " or ".join(" ".join(f"--set {text}" for text in one.overrides) for one in fitting[:3])
 
 
 def describe_estimate(estimate: MemoryEstimate) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import logging
 import os
 import re
 import signal
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from forge_cli.checkpoints.disk import DISK_ERRORS, count_free_bytes
@@ -20,6 +22,11 @@ from forge_cli.redaction import printable_lines
 from forge_cli.run.signals import describe_interrupt
 from forge_cli.schema.runspec import RunSpec
 from forge_cli.units import format_bytes
+
+_LESS_MEMORY = (
+    "lower training.per_device_train_batch_size or data.max_length, set training.activation_checkpointing: true, or "
+    "use preset: memory_efficient"
+)
 
 
 def prepare_process() -> str:
@@ -113,12 +120,20 @@ def library_logs(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translated_errors(log: Path) -> Iterator[None]:
-    """Turns memory, disk and interrupt failures into Forge's errors and writes every traceback to the log."""
+def translated_errors(log: Path, advise: Callable[[], str] = str) -> Iterator[None]:
+    """Turns memory, disk and interrupt failures into Forge's errors and writes every traceback to the log.
+
+    Args:
+        log: The log.
+        advise: Writes what makes a run need less memory, or nothing; asked when memory ran out.
+    """
     try:
         yield
-    except ForgeError:
+    except ForgeError as error:
         _write_traceback(log)
+        problem = error.problems[0]
+        if isinstance(error, MemoryExceeded) and not problem.fix:
+            raise MemoryExceeded.from_problems([dataclasses.replace(problem, fix=_ask(advise))]) from error
         raise
     except Interrupt as event:
         raise describe_interrupt(event, log.parent.parent) from None
@@ -132,8 +147,7 @@ def translated_errors(log: Path) -> Iterator[None]:
             raise MemoryExceeded(
                 "the GPU's memory is full" if "CUDA" in str(error) else "memory is full",
                 why=str(error).split("\n")[0][:200],
-                fix="lower training.per_device_train_batch_size or data.max_length, set "
-                "training.activation_checkpointing: true, or use preset: memory_efficient",
+                fix=_ask(advise),
             ) from error
         if (reason := _find_disk_error(error)) is not None:
             raise MachineError(
@@ -153,10 +167,18 @@ def _find_disk_error(error: Exception) -> str | None:
     return os.strerror(number) if number in DISK_ERRORS else None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
+def _ask(advise: Callable[[], str]) -> str:
+    with contextlib.suppress(Exception):  # memory is short, and there is an answer for all runs
+        return advise() or _LESS_MEMORY
+    return _LESS_MEMORY
 
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator: can't alloc" in str(error)
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or "torch" not in sys.modules:  # nothing is left to import torch with
+        return isinstance(error, MemoryError)
+    from forge_cli.parts.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _write_traceback(log: Path) -> None:

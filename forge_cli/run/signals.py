@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from forge_cli.parts.stop_request import Interrupt, StopRequest, name_signal
 
 # A scheduler that sends a signal twice within this time means it once.
 REPEAT_SECONDS = 5.0
+_AGAIN_SECONDS = 0.01
 
 
 class SignalListener:
@@ -42,11 +44,13 @@ class SignalListener:
             # The terminal may go; what the run writes is on the disk.
             wanted |= {signal.SIGUSR1: self._receive, signal.SIGHUP: signal.SIG_IGN}
         before = {number: signal.getsignal(number) for number in wanted}
+        hook, sys.unraisablehook = sys.unraisablehook, self._receive_unraisable
         for number, action in wanted.items():
             signal.signal(number, action)
         try:
             yield self.request
         finally:
+            sys.unraisablehook = hook
             for number, action in before.items():
                 # None: a handler that was not set from Python and cannot be put back.
                 signal.signal(number, signal.SIG_DFL if action is None else action)
@@ -73,6 +77,16 @@ class SignalListener:
         # Not print: it may be what was interrupted.
         with contextlib.suppress(OSError):
             os.write(2, f"{name_signal(number)}: saving after this step, then stopping{again}\n".encode())
+
+    def _receive_unraisable(self, event) -> None:
+        """Sends a signal once more that came while an object was deleted, where nothing can be raised."""
+        if not isinstance(event.exc_value, Interrupt):
+            sys.__unraisablehook__(event)
+            return
+        number = event.exc_value.signal_number
+        self._asked_at = float("-inf")
+        self._num_interrupts = 0
+        threading.Timer(_AGAIN_SECONDS, os.kill, (self._owner, number)).start()
 
     @staticmethod
     def _receive_in_child(number: int) -> None:

@@ -141,8 +141,8 @@ def run_training(
     began = time.perf_counter()
     with watchdog.watching():
         _train_through(trainer, point.checkpoint.path if point else None, reporter)
-    seconds = time.perf_counter() - began
-    loss_after = trainer.evaluate_now()
+        seconds = time.perf_counter() - began
+        loss_after = trainer.evaluate_now()
     # More than a thousandth: less is what rounding does.
     if loss_after and loss_before and loss_after["eval_loss"] > 1.001 * loss_before["eval_loss"]:
         worse = f"the held-out loss rose from {loss_before['eval_loss']:.4f} to {loss_after['eval_loss']:.4f}"

@@ -42,10 +42,10 @@ class Watchdog:
     def mark(self, event: str) -> None:
         """Notes progress: ``step``, ``batch`` (of an evaluation), ``save`` (begins) or ``saved``."""
         self._age_seconds = 0.0
-        self._is_slow = event == "save" or not self._steps
         if event == "step":
             self._steps.append(self._step_seconds)
             self._step_seconds = 0.0
+        self._is_slow = event == "save" or not self._steps
 
     @property
     def limit_seconds(self) -> float:

@@ -154,6 +154,7 @@ def start(arguments: Sequence[str], log: Path, environment: Mapping[str, str] | 
 def start_function(function: Callable[[], None], log: Path, environment: Mapping[str, str] | None = None) -> Child:
     """Starts a function in a child; it ends the process by ``SystemExit`` or by coming back."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
     sys.stdout.flush()
     sys.stderr.flush()
     began = time.monotonic()
@@ -206,7 +207,10 @@ def _run_forge(arguments: Sequence[str]) -> None:
     from forge_cli.cli.app import run_app
 
     sys.argv = ["forge", *arguments]
-    run_app(list(arguments))
+    try:
+        run_app(list(arguments))
+    except KeyboardInterrupt:
+        sys.exit(130)  # as forge_cli.__main__ does
 
 
 def _call(function: Callable[[], None]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -61,8 +62,7 @@ def prepare(root: Path, name: str, **changes: object) -> Scene:
     """Writes the run file and carries it out undisturbed."""
     changes = {
         "name": name,
-        "evaluation": {"per_device_eval_batch_size": 6, "eval_steps": 4},
-        "training": {"max_steps": 10, "gradient_accumulation_steps": 2},
+        "training": {"max_steps": 8, "gradient_accumulation_steps": 2},
         "checkpoint": {"save_steps": 3, "save_total_limit": 3},
         **changes,
     }
@@ -104,6 +104,9 @@ def hit(scene: Scene, row: Row, wanted: int, environment: dict[str, str], strike
     text = child.read_log()
     if code != wanted or "Traceback" in text:
         row.faults.append(f"{name}: code {code}\n{text[-1500:]}")
+    announced = re.search(r"at step (\d+), which is saved", text)
+    if announced and list_state(run)[0] != int(announced[1]):
+        row.faults.append(f"{name}: {announced[0]}, but the newest checkpoint is of step {list_state(run)[0]}")
     go_on(scene, row, run, name)
     return True
 
@@ -158,10 +161,10 @@ def after(seconds: float, *numbers: int, gap_seconds: float = 0.0) -> Callable[[
 def list_places(rng: random.Random) -> dict[str, list[str]]:
     """Lists faults by stage."""
     files = ("weights.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json")
-    saves = [f"save:{one}:{step}" for one in (*files, "manifest", "rename", "renamed") for step in (1, 3, 6, 9)]
+    saves = [f"save:{one}:{step}" for one in (*files, "manifest", "rename", "renamed") for step in (1, 3, 6, 8)]
     places = {
-        "train": [f"step:{step}" for step in range(1, 11)],
-        "evaluation": [f"evaluation:{step}" for step in (0, 4, 8, 10)],
+        "train": [f"step:{step}" for step in range(1, 9)],
+        "evaluation": [f"evaluation:{step}" for step in (0, 4, 8)],
         "save": saves,
         "export": [f"export:{name}{when}" for name in ("adapter", "adapter-raw") for when in ("", ":rename")],
         "load": ["load"],
@@ -195,21 +198,18 @@ def hit_tokenising(root: Path, count: int, rng: random.Random) -> Row:
         for n in range(MANY_ROWS)
     )
     file.write_text("".join(texts))
-    scene = prepare(root, "many", data={"train": str(file)}, evaluation=None)
+    scene = prepare(root, "many", data={"train": str(file)})
     row = Row("SIGTERM, tokenising in workers")
     whole = scene.cache
-    for number in range(count):
-        scene.cache = root / f"cache-many-{number}"
-        if number % 2:
-            hit(scene, row, 143, {"FORGE_FAULT": f"term@tokenize:{rng.randint(1, 70)}"}, None)
-        else:
-            started = lambda one=scene.cache: any(one.glob("tokens/.*.partial-*"))  # noqa: E731
+    while len(row.codes) < count:
+        scene.cache = root / f"cache-many-{scene.number}"
+        started = lambda one=scene.cache: any(one.glob("tokens/.*.partial-*"))  # noqa: E731
 
-            def strike(child: forkserver.Child, started: Callable[[], bool] = started) -> float:
-                child.wait_for(started, 30)
-                return after(rng.uniform(0.0, 0.5), signal.SIGTERM)(child)
+        def strike(child: forkserver.Child, started: Callable[[], bool] = started) -> float:
+            child.wait_for(started, 30)
+            return after(rng.uniform(0.0, 0.5), signal.SIGTERM)(child)
 
-            hit(scene, row, 143, {}, strike)
+        hit(scene, row, 143, {}, strike)
         if any(scene.cache.glob("tokens/.*.partial-*")):
             row.faults.append("half-written tokens stay")
     scene.cache = whole
@@ -227,8 +227,54 @@ def hit_with_others(scene: Scene, count: int, rng: random.Random) -> list[Row]:
         moment = rng.uniform(0.15 * scene.seconds, 0.9 * scene.seconds)
         hit(scene, terms, 143, {}, after(moment, signal.SIGTERM, signal.SIGTERM, gap_seconds=0.02))
     while len(usr1.codes) < count // 2:
-        hit(scene, usr1, 0, {"FORGE_FAULT": f"usr1@step:{rng.randint(1, 10)}"}, None)
+        hit(scene, usr1, 0, {"FORGE_FAULT": f"usr1@step:{rng.randint(1, 8)}"}, None)
     return [twice, terms, usr1]
+
+
+def hit_with_hang(scene: Scene, count: int) -> Row:
+    """Lets runs hang in a step, an evaluation or a save: the watchdog ends them and leaves the stacks."""
+    row = Row("hang")
+    for number in range(count):
+        place = ("step:3", "evaluation:4", "save:weights.safetensors:3")[number % 3]
+        stacks: list[str] = []
+
+        def strike(child: forkserver.Child, stacks: list[str] = stacks) -> None:
+            child.wait(HANG_SECONDS)
+            path = scene.root / "runs" / f"hit-{scene.number:04d}" / "logs" / "stacks.txt"
+            stacks.append(path.read_text() if path.exists() else "")
+
+        environment = {"FORGE_FAULT": f"hang@{place}", "FORGE_WATCHDOG_SECONDS": "3"}
+        hit(scene, row, 12, environment, strike)
+        if "forge_cli/faults.py" not in stacks[0]:
+            row.faults.append(f"{place}: the stacks do not show where it hung")
+    return row
+
+
+def try_few(scene: Scene) -> list[Row]:
+    """Hits a run in a step, in an evaluation and by Ctrl-C twice, and lets one hang: what CI has time for."""
+    train, evaluation, twice = Row("SIGTERM, train"), Row("SIGTERM, evaluation"), Row("Ctrl-C twice")
+    hit(scene, train, 143, {"FORGE_FAULT": "term@step:2"}, None)
+    hit(scene, evaluation, 143, {"FORGE_FAULT": "term@evaluation:3"}, None)
+    if "step 3/4  eval loss" in (scene.root / "logs" / f"hit-{scene.number:04d}.log").read_text():
+        evaluation.faults.append("the evaluation was not abandoned")
+
+    def strike(child: forkserver.Child) -> float:
+        child.wait_for(lambda: "step 2/" in child.read_log(), 30)
+        return after(0.0, signal.SIGINT, signal.SIGINT, gap_seconds=0.005)(child)
+
+    hit(scene, twice, 130, {}, strike)
+    return [train, evaluation, twice, hit_with_hang(scene, 1)]
+
+
+def try_all(scene: Scene, options: argparse.Namespace, rng: random.Random) -> list[Row]:
+    """Carries out the whole campaign."""
+    num_tokenising = max(1, options.count // 10)
+    num_others = options.count - num_tokenising
+    rows = hit_with_sigterm(scene, num_others, rng)
+    while sum(len(row.codes) for row in rows) < num_others:
+        hit(scene, rows[-1], 143, {}, after(rng.uniform(0.0, 0.95 * scene.seconds), signal.SIGTERM))
+    rows.append(hit_tokenising(scene.root, num_tokenising, rng))
+    return [*rows, *hit_with_others(scene, options.others, rng), hit_with_hang(scene, max(3, options.count // 30))]
 
 
 def show(rows: list[Row]) -> bool:
@@ -263,18 +309,20 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="SIGTERMs on one process")
     parser.add_argument("--others", type=int, default=20, help="runs that get Ctrl-C twice")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--short", action="store_true", help="one run of each kind only")
     options = parser.parse_args()
     rng = random.Random(options.seed)
     forkserver.import_all()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="forge-signals-") as folder:
-        scene = prepare(Path(folder), "straight", data={"eval": "forge:quickstart/heldout"})
-        num_tokenising = max(1, options.count // 10)
-        rows = hit_with_sigterm(scene, options.count - num_tokenising, rng)
-        while sum(len(row.codes) for row in rows) < options.count - num_tokenising:
-            hit(scene, rows[-1], 143, {}, after(rng.uniform(0.0, 0.95 * scene.seconds), signal.SIGTERM))
-        rows.append(hit_tokenising(Path(folder), num_tokenising, rng))
-        rows += hit_with_others(scene, options.others, rng)
+        evaluation = {"per_device_eval_batch_size": 6, "eval_steps": 4}
+        data = {"eval": "forge:quickstart/heldout"}
+        steps = {}
+        if options.short:
+            evaluation = {"per_device_eval_batch_size": 30, "eval_steps": 3}
+            steps = {"training": {"max_steps": 4}, "checkpoint": {"save_steps": 4}}
+        scene = prepare(Path(folder), "straight", data=data, evaluation=evaluation, **steps)
+        rows = try_few(scene) if options.short else try_all(scene, options, rng)
         is_sound = show(rows)
     print(f"\n{time.monotonic() - began:.0f} s, seed {options.seed}")
     sys.exit(0 if is_sound else 1)
