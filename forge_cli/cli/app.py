@@ -118,7 +118,7 @@ def _report_failure(error: Exception, debug: bool) -> int:
         for problem in error.problems:
             _print_problem(problem)
         if getattr(error, "at_once", False):
-            os._exit(error.exit_code)  # a checkpoint that is being written would hold up the interpreter's end
+            os._exit(error.exit_code)  # the interpreter's end would wait for threads, if not for ever
         return error.exit_code
     if isinstance(error, UsageError):
         message = error.format_message()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -222,23 +223,25 @@ def _tokenize_scan(
 
     said = time.perf_counter()
     done = 0
-    for outcome in tokenize_rows(choose(), renderer, limits, total):
-        count = shares.pop(outcome.number)
-        done += 1
-        if time.perf_counter() - said > _SAY_EVERY_SECONDS:
-            said = time.perf_counter()
-            say(f"tokenised {done} of {total} rows ({100 * done / total:.0f} %)")
-        name, count = ("eval", 1) if count == HELD_BACK else (scan.name, count)
-        if outcome.status == "bad":
-            scan.refuse(outcome.number, outcome.what)
-            counters[name].report.rows_bad += 1
-            continue
-        counters[name].add(outcome, count)
-        for columns in outcome.columns:
-            writers[name].add(columns, outcome.number, count)
-        target.rows_done += 1
-        if outcome.question:
-            target.add_question(outcome.question)
+    # Closed at once on failure: it holds processes and signals.
+    with contextlib.closing(tokenize_rows(choose(), renderer, limits, total)) as outcomes:
+        for outcome in outcomes:
+            count = shares.pop(outcome.number)
+            done += 1
+            if time.perf_counter() - said > _SAY_EVERY_SECONDS:
+                said = time.perf_counter()
+                say(f"tokenised {done} of {total} rows ({100 * done / total:.0f} %)")
+            name, count = ("eval", 1) if count == HELD_BACK else (scan.name, count)
+            if outcome.status == "bad":
+                scan.refuse(outcome.number, outcome.what)
+                counters[name].report.rows_bad += 1
+                continue
+            counters[name].add(outcome, count)
+            for columns in outcome.columns:
+                writers[name].add(columns, outcome.number, count)
+            target.rows_done += 1
+            if outcome.question:
+                target.add_question(outcome.question)
     shown = scan.bad.list_problems()[:_SHOWN_FAULTS]
     counters[scan.name].report.bad_places = [f"{one.where}: {one.what}" for one in shown]
     _count_rows(scan, copies, counters, splits)

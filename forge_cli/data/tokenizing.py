@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -47,6 +48,43 @@ def _end_with_parent() -> None:
 
 def _tokenize_batch(rows: list[Row]) -> list[Outcome]:
     return _tokenizer.tokenize(rows)
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[Callable[[], None]]:
+    """Holds a signal that would end the process until the block asks for it; a second one is not held.
+
+    What a handler raises in the middle of a pool's own work leaves its locks taken, and the process would never end.
+    """
+    held: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.SIG_DFL if action is None else action for number, action in found.items()}
+
+    def note(number: int, frame: object) -> None:
+        held.append(number)
+        if len(held) > 1:
+            deliver()
+
+    def deliver() -> None:
+        if held:
+            number = held[0]
+            held.clear()
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
+            signal.signal(number, note)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield deliver
+    finally:
+        for number, action in before.items():
+            signal.signal(number, action)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def cut_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
@@ -88,13 +126,18 @@ def tokenize_rows(rows: Iterable[Row], renderer: Renderer, limits: Limits, num_r
     pending: deque[Future] = deque()
     gc.freeze()  # a collection would write to the pages that processes share, and so copy them for each
     try:
-        with ProcessPoolExecutor(workers, context, _start_worker, (renderer, limits)) as pool:
+        with (
+            held_signals() as deliver_signals,
+            ProcessPoolExecutor(workers, context, _start_worker, (renderer, limits)) as pool,
+        ):
             # Only a few batches are under way, so that memory does not grow with the file.
             for batch in batches:
+                deliver_signals()
                 pending.append(pool.submit(_tokenize_batch, batch))
                 if len(pending) > 2 * workers:
                     yield from pending.popleft().result()
             while pending:
+                deliver_signals()
                 yield from pending.popleft().result()
     except BrokenProcessPool:
         raise MemoryExceeded(

@@ -103,5 +103,5 @@ def describe_interrupt(event: Interrupt, folder: Path) -> Stopped:
         why, fix = "what is in the run folder is whole", f"go on with: forge resume {folder}"
     else:
         why, fix = "no step was done", "start it again; with --overwrite if the run folder is still there"
-    what = f"stopped by {name}"
-    return Stopped(event.signal_number, what, at_once=event.at_once, where=str(folder), why=why, fix=fix)
+    # What was interrupted anywhere may have left a lock taken, on which the interpreter's end would wait.
+    return Stopped(event.signal_number, f"stopped by {name}", at_once=True, where=str(folder), why=why, fix=fix)

@@ -83,15 +83,8 @@ def test_exit_codes(workspace, override, code, text):
 
 
 def test_divergence_is_exit_code_10(workspace):
-    poison = (
-        "import sys, torch\n"
-        "from forge_cli.backend.sft import ForgeSFTTrainer as T\n"
-        "plain = T.compute_loss\n"
-        "T.compute_loss = lambda self, model, *a, **k: plain(self, model, *a, **k) * "
-        "(float('nan') if model.training and self.state.global_step == 1 else 1)\n"
-        "from forge_cli.cli.app import run_app; run_app(sys.argv[1:])"
-    )
-    done = forge("train", "run.yaml", cwd=workspace, code=poison)
+    suffering = {**os.environ, "FORGE_FAULT": "nan*99@loss"}
+    done = forge("train", "run.yaml", "--set", "training.max_steps=12", cwd=workspace, env=suffering)
     assert done.returncode == 10, done.stderr
     assert "step 2" in done.stderr and "rows" in done.stderr and "Traceback" not in done.stderr
     assert "DivergedError" in (workspace / "runs/run/logs/forge.log").read_text()

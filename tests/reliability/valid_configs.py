@@ -35,7 +35,7 @@ DEPENDENT = {
     | {"max_bad_ratio", "on_bad_row", "packing", "padding_free", "streaming", "train_on"},
     "lora": {"target_modules", "modules_to_save", "init_lora_weights", "lora_dropout"},
     "ema": {"update_after_step", "update_every"},
-    "monitor": {"spike_ratio", "spike_window"},
+    "monitor": {"spike_ratio", "spike_window", "on_spike"},
     "checkpoint": {"save_steps"},
     "logging": {"logging_steps"},
     "model": {"name", "adapter", "chat_template", "revision", "dtype"},

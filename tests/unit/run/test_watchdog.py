@@ -1,4 +1,4 @@
-"""When a run is taken to hang, by hand-counted times."""
+"""When a run is taken to hang, by hand-counted times, and what signals ask of it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from forge_cli.data.tokenizing import held_signals
 from forge_cli.errors import ConfigError
 from forge_cli.parts.stop_request import Interrupt
 from forge_cli.run.signals import SignalListener
@@ -85,6 +86,19 @@ def test_a_signal_in_a_finalizer_is_not_lost():
     with pytest.raises(Interrupt), SignalListener().listening():
         Deleted()
         time.sleep(5)
+
+
+def test_a_held_signal_waits_for_a_good_moment_and_is_not_lost():
+    reached = []
+    with pytest.raises(Interrupt), SignalListener().listening(), held_signals() as deliver:
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("held")
+        deliver()
+        reached.append("never")
+    with pytest.raises(Interrupt), SignalListener().listening(), held_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        reached.append("held to the end")
+    assert reached == ["held", "held to the end"]
 
 
 def test_handlers_come_back():
