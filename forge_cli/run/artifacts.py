@@ -14,9 +14,7 @@ from transformers import GenerationConfig
 from forge_cli import faults
 from forge_cli.errors import DivergedError
 from forge_cli.run.answers import find_end_tokens
-from forge_cli.run.folder import PARTIAL_SUFFIX, RunFolder
-
-ASKING_FILE = "chat.json"
+from forge_cli.run.folder import ASKING_FILE, PARTIAL_SUFFIX, RunFolder
 
 
 def save_weights(model, tokenizer, folder: RunFolder, name: str, system_prompt: str | None = None) -> Path:

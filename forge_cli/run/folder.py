@@ -30,6 +30,7 @@ PLAN_FILE = "plan.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.json"
+ASKING_FILE = "chat.json"
 PARTIAL_SUFFIX = ".partial"
 
 

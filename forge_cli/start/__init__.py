@@ -1,0 +1,1 @@
+"""The first minutes: what is here, a run file that fits it, and run files of other tools."""
