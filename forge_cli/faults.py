@@ -19,6 +19,7 @@ from pathlib import Path
 from forge_cli.errors import ConfigError
 
 VARIABLE = "FORGE_FAULT"
+RANK_VARIABLE = "FORGE_FAULT_RANK"
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
 ERRORS = {"full": errno.ENOSPC, "readonly": errno.EROFS, "ioerror": errno.EIO}
 # What the code at the place has to do itself, as it needs tensors.
@@ -108,7 +109,10 @@ def _announce_pause() -> None:
 
 @functools.cache
 def _read_plan() -> FaultPlan:
-    return FaultPlan(parse_faults(os.environ.get(VARIABLE, "")))
+    faults = parse_faults(os.environ.get(VARIABLE, ""))
+    # Of several processes, only this one is to suffer.
+    wanted, own = os.environ.get(RANK_VARIABLE), os.environ.get("RANK", "0")
+    return FaultPlan(faults if wanted in (None, own) else [])
 
 
 def reach(place: str, step: int | None = None) -> str:

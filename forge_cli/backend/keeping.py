@@ -12,8 +12,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from forge_cli import faults
-from forge_cli.errors import CheckpointError, MachineError
+from forge_cli.errors import CheckpointError, MachineError, ModelError
 from forge_cli.parts.keeper import Keeper, Stateful, load_text, load_tree
+from forge_cli.parts.ranks import count_ranks, gather, is_main, share
 from forge_cli.parts.state import flatten, list_trained, load_trained, read_random_state, write_random_state
 
 # Overridden below; without them a run would be saved the Trainer's way, without a word.
@@ -74,7 +75,27 @@ class KeptTrainer(Trainer):
         """Trains; notes first how the model answers before anything of it is trained or loaded."""
         if self.keeper is not None and self.probe is None:
             self.probe = self.measure_probe()
+        if self.args.world_size > 1 and self.model_wrapped is self.model:
+            # An evaluation before the training has left marks, for which accelerate would not join the gradients.
+            self.accelerator._models.clear()
+            self.model._is_accelerate_prepared = False
         return super().train(*args, **kwargs)
+
+    def check_equal_weights(self) -> None:
+        """Makes sure that all processes hold the same weights, which only joined gradients give them.
+
+        Raises:
+            ModelError: They do not.
+        """
+        if count_ranks() == 1:
+            return
+        sums = gather([p.detach().double().sum().item() for p in list_trained(self.model).values()])
+        if different := [rank for rank, theirs in enumerate(sums) if theirs != sums[0]]:
+            raise ModelError(
+                f"after step {self.state.global_step} process {different[0]} holds other weights than process 0",
+                why="the processes would each train a model of their own, and all but one be lost",
+                fix="use the library versions that Forge was tested with, and one kind of GPU",
+            )
 
     def check_methods(self) -> None:
         """Makes sure that the Trainer still calls what is overridden here.
@@ -122,8 +143,9 @@ class KeptTrainer(Trainer):
         """Saves the present step, unless that was just done."""
         step = self.state.global_step
         keeper = self.keeper
-        if keeper is None or keeper.has_saved(step):
+        if keeper is None or self.is_saved(step):
             return
+        self.check_equal_weights()
         self.store_flos()
         trees = {
             "weights": {name: p.detach() for name, p in list_trained(self.model).items()},
@@ -133,8 +155,15 @@ class KeptTrainer(Trainer):
             "probe": self.probe,
             **{name: part.state_dict() for name, part in self.list_parts().items()},
         }
-        texts = {TRAINER_STATE_NAME: self.describe_state(), f"rng-{self.args.process_index}.json": read_random_state()}
-        keeper.save(step, trees, texts, eval_loss=self.latest_eval_loss())
+        texts = {f"rng-{rank}.json": state for rank, state in enumerate(gather(read_random_state()))}
+        if is_main():
+            keeper.save(
+                step, trees, {TRAINER_STATE_NAME: self.describe_state(), **texts}, eval_loss=self.latest_eval_loss()
+            )
+
+    def is_saved(self, step: int) -> bool:
+        """Tells whether a step's checkpoint is on the disk, the same in all processes."""
+        return bool(share(self.keeper is not None and self.keeper.has_saved(step)))
 
     def describe_state(self) -> dict[str, object]:
         """Returns the Trainer's own state as plain data."""
@@ -200,8 +229,10 @@ class KeptTrainer(Trainer):
             self.accelerator.scaler.load_state_dict(load_tree(Path(checkpoint), "scaler"))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            write_random_state(load_text(Path(checkpoint), f"rng-{self.args.process_index}.json"))
+        # A run that had fewer processes knows no numbers for this one; that was allowed by name.
+        name = f"rng-{self.args.process_index}.json"
+        if checkpoint is not None and (Path(checkpoint) / name).is_file():
+            write_random_state(load_text(Path(checkpoint), name))
 
     def _check_probe(self, folder: Path) -> None:
         """Compares the untrained model's answer to fixed tokens with the one it gave when the run began.

@@ -69,6 +69,8 @@ def build_trainer(
         callbacks: Further callbacks.
         ref_model: A frozen second model as the reference, for dpo and kto.
     """
+    # Experts that no token chose get no gradient; looking for such weights costs each step a walk of the graph.
+    args.ddp_find_unused_parameters = any("experts" in name for name, p in model.named_parameters() if p.requires_grad)
     parts = {
         "model": model,
         "args": args,

@@ -44,6 +44,8 @@ def build_training_args(
 class ForgeSFTTrainer(WatchedTrainer, SFTTrainer):
     """SFTTrainer that shows the monitor every micro step and evaluates the EMA weights beside the raw ones."""
 
+    shards_evaluation = True
+
     def weigh_loss(self, loss: torch.Tensor, inputs: dict) -> WeightedMeans:
         """The loss is a mean over the trained tokens of a batch."""
         return [(loss, (inputs["labels"][:, 1:] != IGNORED).sum())]

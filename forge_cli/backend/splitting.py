@@ -92,6 +92,15 @@ class SplittingTrainer(KeptTrainer):
             self._cut_smaller(self._begun[place], text)
             place = 0
 
+    def train_on_nothing(self, model, inputs: dict, num_items=None) -> torch.Tensor:
+        """Runs a micro step whose gradients are 0; returns its loss ``[]``."""
+        inputs.pop("examples", None)
+        self._weight = 0.0
+        try:
+            return super().training_step(model, inputs, num_items)
+        finally:
+            self._weight = 1.0
+
     def _train_in_parts(self, model, inputs: dict, examples: Sequence[dict], num_items) -> torch.Tensor:
         """Runs a micro step in as many parts as are needed; returns its loss ``[]``.
 
@@ -251,7 +260,7 @@ class SplittingTrainer(KeptTrainer):
                 text = str(error)
             free_memory()
             step = self.state.global_step
-            if is_last:
+            if is_last or self.args.world_size > 1:
                 raise _refuse(f"memory ran out in the save of step {step}", "earlier checkpoints are untouched", text)
             if self.keeper is not None:
                 self.keeper.in_background = False

@@ -107,7 +107,7 @@ class StoppableTrainer(KeptTrainer):
         self.keeper.finish()
         self._save_checkpoint(self.model)
         self.keeper.finish()
-        if not self.keeper.has_saved(step):
+        if not self.is_saved(step):
             raise CheckpointError(
                 f"stopped by {name} at step {step}, which could not be saved",
                 where=str(folder),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from forge_cli.backend.guarding import GuardedTrainer
@@ -15,6 +18,7 @@ from forge_cli.errors import MachineError
 from forge_cli.parts.ema import EMACallback
 from forge_cli.parts.keeper import Stateful
 from forge_cli.parts.monitor import MonitorCallback
+from forge_cli.parts.ranks import add_up, count_ranks
 from forge_cli.parts.state import kept_random_state
 
 EMA_PREFIX = "eval_ema"
@@ -57,6 +61,8 @@ class WatchedTrainer(SplittingTrainer, GuardedTrainer, StoppableTrainer):
     none brackets an evaluation.
     """
 
+    shards_evaluation = False
+
     def __init__(self, *args, monitor: MonitorCallback, ema: EMACallback | None = None, **kwargs) -> None:
         for name in ("_clip_grad_norm", "_get_grad_norm"):
             if not hasattr(Trainer, name):
@@ -74,6 +80,7 @@ class WatchedTrainer(SplittingTrainer, GuardedTrainer, StoppableTrainer):
         self.latest_evaluation: tuple[int, dict[str, float]] = (-1, {})
         self.data_collator = RowCollator(self.data_collator, getattr(self, "reshape_rows", None))
         self._eval_means: list[WeightedMeans] = []
+        self._num_eval_batches = sys.maxsize
         self._shown_loss = torch.zeros((), device=self.args.device)
 
     def training_step(self, model, inputs, *args, **kwargs) -> torch.Tensor:
@@ -81,6 +88,8 @@ class WatchedTrainer(SplittingTrainer, GuardedTrainer, StoppableTrainer):
         rows, real_tokens = inputs.pop("rows"), inputs.pop("real_tokens")
         if real_tokens:
             loss = super().training_step(model, inputs, *args, **kwargs)
+        elif self.args.world_size > 1:  # the other processes wait for this one's gradients
+            loss = self.train_on_nothing(model, inputs, *args, **kwargs)
         else:  # the guard has left out all its rows
             loss = torch.zeros((), device=self.args.device)
         self.monitor.record_micro_step(loss, rows, real_tokens)
@@ -111,8 +120,26 @@ class WatchedTrainer(SplittingTrainer, GuardedTrainer, StoppableTrainer):
         """Evaluates one batch and notes what its loss is a mean of; stays on the device."""
         inputs.pop("rows"), inputs.pop("real_tokens")
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
-        self._eval_means.append(self.weigh_loss(loss.detach(), inputs))
-        return loss, logits, labels
+        means = self.weigh_loss(loss.detach(), inputs)
+        if len(self._eval_means) >= self._num_eval_batches:  # takes part only because the others have one more
+            means = [(value, weight * 0) for value, weight in means]
+        self._eval_means.append(means)
+        # The loop would gather the losses of batches that are of different sizes; it has no use for them.
+        return (loss if self.args.world_size == 1 else None), logits, labels
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """Gives each of several processes every n-th batch, or all of them where TRL gathers figures of each row."""
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, count = self.args.per_device_eval_batch_size, self.args.world_size
+        batches = [list(range(len(dataset)))[start : start + size] for start in range(0, len(dataset), size)]
+        own = batches[self.args.process_index :: count] if self.shards_evaluation else batches
+        self._num_eval_batches = len(own)
+        if self.shards_evaluation and len(own) < -(-len(batches) // count):
+            own = [*own, batches[0]]
+        loader = DataLoader(dataset, batch_sampler=own, collate_fn=self.data_collator)
+        return prepare_data_loader(loader, self.args.device, num_processes=1, process_index=0, put_on_device=True)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Evaluates; the loss is the mean over tokens or rows, not the mean of the batches' means."""
@@ -126,7 +153,11 @@ class WatchedTrainer(SplittingTrainer, GuardedTrainer, StoppableTrainer):
             [torch.stack([torch.stack([v.double(), w.double()]) for v, w in batch]) for batch in self._eval_means]
         )
         values, weights = stacked.unbind(dim=-1)
-        return ((values * weights).sum(dim=0) / weights.sum(dim=0)).sum().item()
+        sums = torch.cat([(values * weights).sum(dim=0), weights.sum(dim=0)])
+        if self.shards_evaluation and count_ranks() > 1:
+            sums = torch.tensor(add_up(sums.tolist()), dtype=torch.float64)
+        totals, counts = sums.chunk(2)
+        return (totals / counts).sum().item()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Evaluates the raw weights, then the averaged ones under ``eval_ema``; the raw ones come back always.

@@ -36,16 +36,20 @@ class Compute:
     reason: str
 
 
-def choose_compute(spec: RunSpec) -> Compute:
+def choose_compute(spec: RunSpec, local_rank: int = 0) -> Compute:
     """Chooses device and formats: bf16 where the GPU has it, else fp16 with float32 adapters; float32 on the CPU.
 
     A frozen base is loaded in the compute format. A trained base is loaded in float32 (master weights under mixed
     precision) unless ``model.dtype`` asks for bfloat16.
 
+    Args:
+        spec: What to run.
+        local_rank: GPU to use, for one of several processes.
+
     Raises:
         MachineError: The wanted precision does not run on this machine.
     """
-    device, name = _find_device()
+    device, name = _find_device(local_rank)
     has_bf16 = device == "cpu" or device == "mps" or torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = spec.training.precision
     if wanted == "auto":
@@ -58,7 +62,7 @@ def choose_compute(spec: RunSpec) -> Compute:
                 where="training.precision",
                 fix="use training.precision: fp16, fp32 or auto",
             )
-        if dtype is torch.float16 and device != "cuda:0":
+        if dtype is torch.float16 and not device.startswith("cuda"):
             raise MachineError(
                 "fp16 training needs a CUDA GPU", where="training.precision", fix="use training.precision: auto"
             )
@@ -71,9 +75,17 @@ def choose_compute(spec: RunSpec) -> Compute:
     return Compute(device, name, dtype, autocast_dtype, weight_dtype, _DTYPES.get(quantized, dtype), reason)
 
 
-def _find_device() -> tuple[str, str]:
+def _find_device(local_rank: int) -> tuple[str, str]:
     if torch.cuda.is_available():
-        return "cuda:0", torch.cuda.get_device_name(0)
+        count = torch.cuda.device_count()
+        if local_rank >= count:
+            raise MachineError(
+                f"process {local_rank} of this machine has no GPU: there are {count}",
+                where="LOCAL_RANK",
+                why="two processes on one GPU are slower than one",
+                fix=f"use --num-processes {count}",
+            )
+        return f"cuda:{local_rank}", torch.cuda.get_device_name(local_rank)
     if torch.backends.mps.is_available():
         return "mps", "Apple GPU"
     return "cpu", "CPU"

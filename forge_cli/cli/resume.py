@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from forge_cli.cli.train import AllowChange, BreakLock, PreemptExitCode, RequireLatest, StopOnUsr1
+from forge_cli.cli.train import AllowChange, BreakLock, NumProcesses, PreemptExitCode, RequireLatest, StopOnUsr1
 
 
 def resume(
@@ -21,14 +21,19 @@ def resume(
     force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
     stop_on_usr1: StopOnUsr1 = False,
     preempt_exit_code: PreemptExitCode = None,
+    num_processes: NumProcesses = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Go on with a run from its newest checkpoint that is whole."""
     from forge_cli.cli.live import choose_reporter
-    from forge_cli.cli.train import exit_code_of_stops, read_resuming, show_result
+    from forge_cli.cli.train import exit_code_of_stops, launch_processes, read_resuming, show_result
     from forge_cli.run.execute import resume_run
+    from forge_cli.run.ranks import read_rank
+    from forge_cli.run.resume import read_num_processes
 
+    if read_rank().count == 1 and (count := num_processes or read_num_processes(run)) > 1:
+        launch_processes(count)
     how = read_resuming(True, False, allow_change, require_latest, break_lock)
     reporter = choose_reporter(quiet, 10)
     with exit_code_of_stops(preempt_exit_code):

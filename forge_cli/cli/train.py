@@ -35,9 +35,15 @@ PreemptExitCode = Annotated[
     ),
 ]
 
+NumProcesses = Annotated[
+    int | None, typer.Option("--num-processes", metavar="N", min=1, help="Train in N processes, one for each GPU.")
+]
+
 
 def train(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)],
+    run_file: Annotated[
+        Path, typer.Argument(metavar="[RUN_FILE]", help="Run file (YAML); default: run.yaml.", show_default=False)
+    ] = Path("run.yaml"),
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
     ] = None,
@@ -50,6 +56,7 @@ def train(
     force: Annotated[bool, typer.Option("--force", help="Train though the GPU is estimated to be too small.")] = False,
     stop_on_usr1: StopOnUsr1 = False,
     preempt_exit_code: PreemptExitCode = None,
+    num_processes: NumProcesses = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only the result.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -58,6 +65,8 @@ def train(
     from forge_cli.resolve.plan import dump_plan, resolve_plan
 
     plan = resolve_plan(run_file, overrides or [])
+    if num_processes and num_processes > 1 and not dry_run:
+        launch_processes(num_processes)
     reporter = choose_reporter(quiet, plan.spec.logging.logging_steps)
     for warning in plan.derived.warnings:
         reporter.say(f"note: {warning}")
@@ -84,6 +93,23 @@ def train(
             stop_on_usr1=stop_on_usr1,
         )
     show_result(result, as_json)
+
+
+def launch_processes(count: int) -> None:
+    """Gives the command that was typed to several processes, and ends with their exit code."""
+    from forge_cli.run.launch import launch
+
+    raise typer.Exit(launch(drop_option(sys.argv[1:], "--num-processes"), count))
+
+
+def drop_option(arguments: list[str], name: str) -> list[str]:
+    """Returns arguments without an option and its value."""
+    kept, skipped = [], False
+    for one in arguments:
+        if not skipped and not one.startswith(f"{name}=") and one != name:
+            kept.append(one)
+        skipped = one == name
+    return kept
 
 
 @contextlib.contextmanager
@@ -121,7 +147,9 @@ def read_resuming(
 
 
 def show_result(result, as_json: bool) -> None:
-    """Prints what a run ended with."""
+    """Prints what a run ended with; of several processes the first one does."""
+    if not result.report:
+        return
     if as_json:
         print(json.dumps(result.report, indent=1, ensure_ascii=False))
         return

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import distributed
 
+from forge_cli.parts.ranks import count_ranks, gather
+
 MOST_SKIPS = 3
 MOST_ROLLBACKS = 2
 CLEAN_STEPS = 100  # so many accepted steps in a row, and earlier skips are forgiven
@@ -34,7 +36,7 @@ SPIKE_VERDICTS = {"skip": Verdict.SKIP, "rollback": Verdict.ROLL_BACK, "stop": V
 
 def agree(verdict: Verdict, device: torch.device | str = "cpu") -> Verdict:
     """Returns the most severe verdict of all processes, so that all of them do the same."""
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if count_ranks() == 1:
         return verdict
     worst = torch.tensor(int(verdict), device=device)
     distributed.all_reduce(worst, op=distributed.ReduceOp.MAX)
@@ -77,6 +79,7 @@ class Guard:
         self.num_clean = 0
         self.num_overflows = 0
         self.num_rollbacks = 0
+        self.rows: list[int] = []  # of the step that was found bad last, in all processes
         self.suspects: set[int] = set()
         self.excluded: set[int] = set()
 
@@ -111,14 +114,17 @@ class Guard:
             if verdict is Verdict.ACCEPT and self.on_spike != "warn":
                 self.take(loss, norm)
             return verdict, reason
+        told = gather([reason, list(rows)])
+        reason = next((theirs for theirs, _ in told if theirs), reason)
+        self.rows = sorted({row for _, theirs in told for row in theirs})
         self.num_clean = 0
         self.num_skips += 1
-        self.suspects.update(rows)
+        self.suspects.update(self.rows)
         if verdict is Verdict.SKIP and self.num_skips >= self.most_skips:
             verdict = Verdict.ROLL_BACK
         if verdict is Verdict.ROLL_BACK:
             verdict = self._go_back()
-        return verdict, reason or "another process found the step bad"
+        return verdict, reason
 
     def _assess(self, loss: float | None, norm: float, *, has_scaler: bool) -> tuple[Verdict, str]:
         if loss is not None and not math.isfinite(loss):

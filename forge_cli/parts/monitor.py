@@ -19,7 +19,8 @@ from forge_cli.errors import DivergedError
 from forge_cli.parts.guard import Guard, Verdict
 from forge_cli.parts.layers import ParameterGroups, measure_norms
 from forge_cli.parts.memory import MemoryCallback
-from forge_cli.parts.step_records import append_record, pick_rewards, read_steps
+from forge_cli.parts.ranks import add_up, count_ranks
+from forge_cli.parts.step_records import append_record, number_rows, pick_rewards, read_steps
 
 Record = dict[str, object]
 
@@ -60,7 +61,7 @@ class MonitorCallback(TrainerCallback):
         self.rollback_reason = ""
         self.metrics_path = metrics_path
         self.on_record = on_record
-        self.name_rows = name_rows or _number_rows
+        self.name_rows = name_rows or number_rows
         self._memory = memory
         self.records: list[Record] = []
         self.alarms: list[Record] = []
@@ -117,6 +118,7 @@ class MonitorCallback(TrainerCallback):
         Raises:
             DivergedError: The guard has no patience left; names the step, the tensors and the rows.
         """
+        self._share_step()
         step = state.global_step + 1
         norms, total = self._step_norms or measure_norms(self._groups)
         if step == 1 and self.check_gradients:
@@ -131,6 +133,12 @@ class MonitorCallback(TrainerCallback):
         self.rows_digest = hashlib.sha256(f"{self.rows_digest}{self._step_rows}".encode()).hexdigest()
         self._clear_step()
 
+    def _share_step(self) -> None:
+        """Makes loss and tokens those of all processes: each has its share of the loss times their number."""
+        if count_ranks() > 1 and self._step_loss is not None:
+            loss, self._step_tokens = add_up([self._step_loss.item(), self._step_tokens])
+            self._step_loss = self._step_loss.new_tensor(loss / count_ranks())
+
     def on_step_end(self, args, state, control, **kwargs):
         """Notes the time."""
         if self._pending:
@@ -139,12 +147,10 @@ class MonitorCallback(TrainerCallback):
             self._last_time = now
 
     def on_save(self, args, state, control, **kwargs):
-        """Leaves the time of a checkpoint out of the next step."""
+        """Leaves the time of a checkpoint or an evaluation out of the next step."""
         self._last_time = time.perf_counter()
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        """Leaves the time of an evaluation out of the next step."""
-        self._last_time = time.perf_counter()
+    on_evaluate = on_save
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Reads everything measured since the last log line in one transfer.
@@ -261,7 +267,7 @@ class MonitorCallback(TrainerCallback):
         for parameter in self._groups.parameters:
             parameter.grad = None
         bad = [name for name, norm in zip(self._groups.names, norms.tolist(), strict=True) if not math.isfinite(norm)]
-        rows = sorted(set(self._step_rows))
+        rows = self.guard.rows
         where = ", ".join([*self.name_rows(rows[:16]), *(["..."] if len(rows) > 16 else [])])
         if bad:
             reason += f", {len(bad)} of {len(norms)} gradients are not finite; first tensor: {bad[0]}"
@@ -293,7 +299,3 @@ class MonitorCallback(TrainerCallback):
             append_record(self.metrics_path, record)
         if self.on_record is not None:
             self.on_record(record)
-
-
-def _number_rows(rows: Sequence[int]) -> list[str]:
-    return [f"row {row}" for row in rows]

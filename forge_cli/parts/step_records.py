@@ -65,3 +65,8 @@ def append_record(path: Path, record: Mapping[str, object]) -> None:
             file.write(encode_record(record))
     except OSError as error:
         warnings.warn(f"{path.name} cannot be written ({error.strerror}); training goes on without it", stacklevel=2)
+
+
+def number_rows(rows: Sequence[int]) -> list[str]:
+    """Names rows by their number, where nothing better is known."""
+    return [f"row {row}" for row in rows]

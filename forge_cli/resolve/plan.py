@@ -86,6 +86,15 @@ def resolve_plan(path: Path, overrides: Sequence[str] = ()) -> Plan:
     return _resolve(read_yaml(Path(path)), overrides)
 
 
+def read_plan(path: Path) -> Plan:
+    """Reads the plan of a run that was carried out; the files that it names need not be there any more.
+
+    Raises:
+        ConfigError: It is no plan.
+    """
+    return _resolve(read_yaml(Path(path)), (), is_past=True)
+
+
 def resolve_mapping(values: dict, overrides: Sequence[str] = ()) -> Plan:
     """Resolves settings given as nested dictionaries, as :func:`resolve_plan` does for a file."""
     return _resolve(Document(_PYTHON, _to_plain(values), {}), overrides)
@@ -100,7 +109,7 @@ def _to_plain(value: object) -> object:
     return str(value) if isinstance(value, Path) else value
 
 
-def _resolve(document: Document, overrides: Sequence[str]) -> Plan:
+def _resolve(document: Document, overrides: Sequence[str], *, is_past: bool = False) -> Plan:
     layers = stack_layers(document, overrides)
     problems = list(layers.problems)
     spec = _build_spec(layers, problems)
@@ -111,15 +120,15 @@ def _resolve(document: Document, overrides: Sequence[str]) -> Plan:
             facts = _find_facts(spec, layers)
         except ForgeError as error:
             model_error = error
-            problems.extend(_locate(error, layers, "model.name"))
-        if spec.model.adapter and "model.adapter" not in layers.broken:
+            problems.extend([] if is_past else _locate(error, layers, "model.name"))
+        if spec.model.adapter and not is_past and "model.adapter" not in layers.broken:
             try:
                 check_adapter_weights(spec.model.adapter, facts)
             except ForgeError as error:
                 model_error = model_error or error
                 problems.extend(_locate(error, layers, "model.adapter"))
         scene = Scene(spec, facts, layers)
-        problems.extend(find_contradictions(scene))
+        problems.extend([] if is_past else find_contradictions(scene))
     if problems or spec is None:
         # A broken model folder alone keeps its own exit code.
         kind = type(model_error) if model_error and len(problems) == len(model_error.problems) else ConfigError

@@ -90,6 +90,8 @@ def _near_file(path: Path) -> str:
     from forge_cli.resolve.nearness import find_near_file
 
     near = find_near_file(path)
+    if not near and path.name == "run.yaml":
+        return "write one with: forge init"
     return f"did you mean {near}?" if near else "check the path; it is taken relative to the working directory"
 
 

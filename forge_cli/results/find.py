@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from forge_cli.errors import CheckpointError, ForgeError
-from forge_cli.resolve.plan import Plan, resolve_plan
+from forge_cli.resolve.plan import Plan, read_plan, resolve_plan
 from forge_cli.run.folder import ASKING_FILE, METRICS_FILE, PLAN_FILE, REPORT_FILE, RUN_FILE
+from forge_cli.run.resume import read_records
 
 RUNS_FOLDER = "runs"
 DEFAULT_RUN_FILE = "run.yaml"
@@ -30,7 +31,7 @@ class Run:
     @cached_property
     def plan(self) -> Plan:
         """The plan that it carried out."""
-        return resolve_plan(self.path / PLAN_FILE, ())
+        return read_plan(self.path / PLAN_FILE)
 
     @cached_property
     def facts(self) -> dict:
@@ -118,23 +119,6 @@ def choose_run(path: Path | None = None, *, with_weights: bool = False) -> Run:
         where=str(path),
         fix=f"runs here: {', '.join(names[:8])}" if names else "name the folder of a run, as in runs/NAME",
     )
-
-
-def read_records(path: Path) -> list[dict]:
-    """Reads a file of JSON lines; lines that are no JSON object are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    records = []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
 
 
 def _usual_roots() -> Iterator[Path]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +14,6 @@ from forge_cli.build.model import load_model
 from forge_cli.build.tokenizer import load_tokenizer
 from forge_cli.errors import ModelError
 from forge_cli.results.find import Run
-from forge_cli.run.process import library_logs, prepare_process, translated_errors
 from forge_cli.schema.runspec import RunSpec
 
 
@@ -44,18 +41,6 @@ class LoadedRun:
         """Returns the context that the run's evaluations were computed in."""
         dtype = self.compute.autocast_dtype
         return torch.autocast(self.compute.device.partition(":")[0], dtype=dtype, enabled=dtype is not torch.float32)
-
-
-@contextlib.contextmanager
-def working_on(run: Run) -> Iterator[None]:
-    """Prepares the process for a run's model: what libraries say goes to the run's log, failures become Forge's own.
-
-    Use it around everything that loads or asks a model.
-    """
-    prepare_process()
-    log = run.path / "logs" / "results.log"
-    with translated_errors(log, lambda: "close what else uses this memory"), library_logs(log):
-        yield
 
 
 def load_run(run: Run, *, which: str = "ema", quantized: bool = True) -> LoadedRun:

@@ -17,6 +17,11 @@ from forge_cli.run.answers import find_end_tokens
 from forge_cli.run.folder import ASKING_FILE, PARTIAL_SUFFIX, RunFolder
 
 
+def weights_name(model) -> str:
+    """Returns the name of the folder for what was trained: ``adapter`` or ``model``."""
+    return "adapter" if hasattr(model, "peft_config") else "model"
+
+
 def save_weights(model, tokenizer, folder: RunFolder, name: str, system_prompt: str | None = None) -> Path:
     """Saves the adapter or the model with its tokenizer and chat template.
 
@@ -91,4 +96,7 @@ def _save_options(model) -> dict[str, object]:
     if not hasattr(model, "peft_config"):
         return {}
     targets = model.peft_config["default"].target_modules or []
-    return {"save_embedding_layers": any("embed" in name for name in targets), "selected_adapters": ["default"]}
+    return {
+        "save_embedding_layers": any("embed" in name or "lm_head" in name for name in targets),
+        "selected_adapters": ["default"],
+    }

@@ -1,6 +1,6 @@
-"""Carries out one plan: the table of contents of a fine-tuning run.
+"""Carries out one plan: takes its folder, and does the run in it.
 
-Nothing outside :func:`_train` imports torch; everything that can be wrong in the run file has been said by then.
+Nothing here imports torch; everything that can be wrong in the run file has been said by the time that stages do.
 """
 
 from __future__ import annotations
@@ -9,29 +9,36 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from forge_cli.data.hub import hub_or_copies, leave_hub
-from forge_cli.parts.stop_request import StopRequest
+from forge_cli.data.hub import hub_or_copies
+from forge_cli.errors import WorkerDied
+from forge_cli.parts.stop_request import Interrupt
 from forge_cli.resolve.plan import Plan, dump_plan, resolve_plan
 from forge_cli.run.folder import (
     PLAN_FILE,
     RunFolder,
     create_run_folder,
-    find_run,
     open_run_folder,
     recover_run,
     write_atomic,
 )
 from forge_cli.run.preflight import advise_less, check_memory
-from forge_cli.run.process import check_packages, library_logs, prepare_process, translated_errors
+from forge_cli.run.process import check_packages, library_logs, prepare_process, trackers_in, translated_errors
+from forge_cli.run.ranks import Rank, SilentReporter, read_rank
 from forge_cli.run.reporter import PlainReporter, Reporter
-from forge_cli.run.resume import ResumePoint, compare_data, compare_plans, find_resume_point
-from forge_cli.run.signals import SignalListener
+from forge_cli.run.resume import (
+    ResumePoint,
+    compare_plans,
+    compare_ranks_before,
+    find_folder_of_main,
+    find_resume_point,
+    find_run,
+)
+from forge_cli.run.signals import SignalListener, describe_interrupt
 from forge_cli.run.watchdog import crash_stacks
 
-if TYPE_CHECKING:
-    from forge_cli.build.data import PreparedData
+# A scheduler does not reach all processes at once.
+SKEW_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,8 @@ def train(
         return resolve_plan(run_file, [*overrides, *more])
 
     plan = resolve()
+    if not (rank := read_rank()).is_main:
+        return _follow(plan, rank, resume, stop_on_usr1=stop_on_usr1)
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     check_memory(plan, resolve, reporter.say, force=force)
     if resume is not None:
@@ -128,7 +137,7 @@ def resume_run(
         ForgeError: Of any kind; its exit code tells which.
     """
     path = Path(run)
-    recovered = recover_run(path)
+    recovered = recover_run(path) if (rank := read_rank()).is_main else ""
     if not (path / PLAN_FILE).is_file():
         open_run_folder(path)  # says what is missing
 
@@ -136,6 +145,8 @@ def resume_run(
         return resolve_plan(path / PLAN_FILE, [*overrides, *more])
 
     plan = resolve()
+    if not rank.is_main:
+        return _follow(plan, rank, how or Resuming(), stop_on_usr1=stop_on_usr1)
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     reporter.say(recovered)
     check_memory(plan, resolve, reporter.say, force=force)
@@ -154,7 +165,7 @@ def train_plan(
     reporter = reporter or PlainReporter(plan.spec.logging.logging_steps)
     spec = plan.spec
     check_packages(spec)
-    note = prepare_process()
+    note = prepare_process(read_rank())
     folder = create_run_folder(spec.output_dir, spec.name, stem, dump_plan(plan), overwrite=overwrite)
     reporter.say(f"run folder {folder.path}, plan {plan.digest[:12]}")
     reporter.say(note)
@@ -164,11 +175,13 @@ def train_plan(
 def resume_plan(path: Path, plan: Plan, how: Resuming, reporter: Reporter, *, stop_on_usr1: bool = False) -> RunResult:
     """Goes on with a run under a resolved plan (see :func:`resume_run`)."""
     check_packages(plan.spec)
-    note = prepare_process()
+    rank = read_rank()
+    note = prepare_process(rank)
     folder = open_run_folder(path, break_lock=how.break_lock)
     try:
         changes = compare_plans(resolve_plan(folder.plan, ()), plan, how.allowed_changes)
         point = find_resume_point(folder, require_latest=how.require_latest)
+        changes += compare_ranks_before(point.checkpoint.manifest.world_size, rank.count, how.allowed_changes)
         if changes:
             write_atomic(folder.plan, dump_plan(plan))
     except BaseException:
@@ -178,6 +191,19 @@ def resume_plan(path: Path, plan: Plan, how: Resuming, reporter: Reporter, *, st
     for line in (note, *point.notes, *(f"changed: {change}" for change in changes)):
         reporter.say(line)
     return _carry_out(plan, folder, reporter, point, how, SignalListener(stop_on_usr1=stop_on_usr1))
+
+
+def _follow(plan: Plan, rank: Rank, how: Resuming | None, *, stop_on_usr1: bool) -> RunResult:
+    """Takes part in a run as one of its further processes: the first one has the folder and says where it is."""
+    check_packages(plan.spec)
+    prepare_process(rank)
+    listener = SignalListener(stop_on_usr1=stop_on_usr1)
+    try:
+        with listener.listening():
+            folder, point = find_folder_of_main(plan.spec, rank)
+    except Interrupt as event:
+        raise describe_interrupt(event, Path(plan.spec.output_dir)) from None
+    return _carry_out(plan, folder, SilentReporter(), point, how or Resuming(), listener)
 
 
 def _carry_out(
@@ -196,99 +222,30 @@ def _carry_out(
     try:
         with translated_errors(folder.log, advise), listener.listening() as stop, crash_stacks(folder.log.parent):
             reporter.say("loading torch and transformers ...")
-            with library_logs(folder.log), hub_or_copies(spec, reporter.say):
-                return _train(plan, folder, reporter, point, how, stop)
+            with library_logs(folder.log), hub_or_copies(spec, reporter.say), trackers_in(folder.path, spec):
+                from forge_cli.run.stages import train_in_stages
+
+                return train_in_stages(plan, folder, reporter, point, how, stop)
+    except WorkerDied:
+        _wait_for_signal(listener, folder.path)
+        raise
     finally:
         reporter.finish()
         folder.settle()
 
 
-def _train(
-    plan: Plan, folder: RunFolder, reporter: Reporter, point: ResumePoint | None, how: Resuming, stop: StopRequest
-) -> RunResult:
-    """The run itself. Data comes first: what is wrong with it is said before any weight is read."""
-    from forge_cli.build.adapter import prepare_trainable
-    from forge_cli.build.compute import choose_compute
-    from forge_cli.build.model import check_lengths, describe_model, load_model
-    from forge_cli.build.reference import release_reference
-    from forge_cli.build.tokenizer import load_tokenizer
-    from forge_cli.parts.memory import MemoryCallback
-    from forge_cli.run.answers import Examination
-    from forge_cli.run.describe import describe_trainable
-    from forge_cli.run.report import Findings, write_report
-    from forge_cli.run.training import build_trainer, prove_sequences, run_training
+def _wait_for_signal(listener: SignalListener, folder: Path) -> None:
+    """Waits for the signal that may have ended another process first: it was meant for all of them.
 
-    spec = plan.spec
-    began, memory = time.perf_counter(), MemoryCallback()
-    compute = choose_compute(spec)
-    reporter.say(f"{compute.device_name}: {compute.reason}")
-    tokenizer = load_tokenizer(spec)
-    data = _prepare_rows(plan, folder, reporter, tokenizer, point, how)
-    # A reward model scores answers and writes none.
-    section = spec.report if spec.method != "reward" else None
-    examination = Examination(section, data.questions, tokenizer, compute.autocast_dtype)
-
-    model = load_model(spec, compute)
-    check_lengths(spec, model, tokenizer)
-    reporter.say(describe_model(spec, compute, model))
-    model, trainable = prepare_trainable(model, spec)
-    describe_trainable(plan, trainable, reporter)
-
-    memory.mark("load")
-    reporter.say(examination.announce("before"))
-    before = examination.answer(model)
-    trainer, reference = build_trainer(plan, folder, reporter, model, tokenizer, data, compute, memory)
-    leave_hub(spec)
-    prove_sequences(plan, trainer, compute, reporter)
-    training = run_training(plan, folder, trainer, reporter, point, stop)
-    release_reference(trainer)
-
-    if trainer.ema:
-        trainer.ema.apply_ema(trainer.model)
-    reporter.say(examination.announce("after"))
-    after = examination.answer(trainer.model)
-    weights = _save(trainer.model, tokenizer, folder, trainer.ema, data.report.system_prompt)
-    findings = Findings(
-        plan=plan,
-        compute=compute,
-        data=data,
-        trainable=trainable,
-        monitor=trainer.monitor,
-        weights=weights,
-        training=training,
-        reference=reference,
-        total_seconds=time.perf_counter() - began,
-        samples=examination.pair(before, after),
-        exact_match_before=examination.exact_match_ratio(before),
-        exact_match_after=examination.exact_match_ratio(after),
-    )
-    report = write_report(findings, folder)
-    return RunResult(folder.path, weights, report)
-
-
-def _prepare_rows(
-    plan: Plan, folder: RunFolder, reporter: Reporter, tokenizer, point: ResumePoint | None, how: Resuming
-) -> PreparedData:
-    """Prepares the rows, and makes sure that a resumed run goes on with the same ones."""
-    from forge_cli.build.data import prepare_data
-    from forge_cli.data.report_text import render_report
-
-    data = prepare_data(plan.spec, tokenizer, reporter.say)
-    reporter.say(render_report(data.report))
-    if point:
-        for change in compare_data(folder.read_facts().get("data", {}), data.identity, how.allowed_changes):
-            reporter.say(f"changed: {change}")
-    folder.note_facts(data=data.identity)
-    return data
-
-
-def _save(model, tokenizer, folder: RunFolder, ema, system_prompt: str | None) -> Path:
-    """Saves the weights to use (the averaged ones with EMA on) and keeps the raw ones beside them."""
-    from forge_cli.run.artifacts import save_weights
-
-    name = "adapter" if hasattr(model, "peft_config") else "model"
-    weights = save_weights(model, tokenizer, folder, name, system_prompt)
-    if ema:
-        ema.restore_original(model)
-        save_weights(model, tokenizer, folder, f"{name}-raw", system_prompt)
-    return weights
+    Raises:
+        Stopped: It came.
+    """
+    until = time.monotonic() + SKEW_SECONDS
+    try:
+        with listener.listening() as stop:
+            while not stop.signal_number and time.monotonic() < until:
+                time.sleep(0.02)
+    except Interrupt:
+        pass
+    if listener.request.signal_number:
+        raise describe_interrupt(Interrupt(listener.request.signal_number), folder) from None

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import os
-import re
 import shutil
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from forge_cli.checkpoints.lock import RunLock, find_holder
 from forge_cli.checkpoints.store import CheckpointStore
 from forge_cli.errors import CheckpointError, MachineError
+from forge_cli.run.ranks import Rank, name_file, read_rank
 from forge_cli.run.replaced import (
     ReplacedRun,
     claiming,
@@ -30,6 +29,7 @@ PLAN_FILE = "plan.yaml"
 RUN_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
 ASKING_FILE = "chat.json"
 PARTIAL_SUFFIX = ".partial"
 
@@ -44,13 +44,15 @@ class RunFolder:
         lock: Held while the run lasts.
         replaced: The earlier run of this name, with ``--overwrite``.
         resumed: The run was there before.
+        rank: The process; only the first one of a run holds the lock and writes.
     """
 
     path: Path
     run_id: str
-    lock: RunLock
+    lock: RunLock | None
     replaced: ReplacedRun | None = None
     resumed: bool = False
+    rank: Rank = field(default_factory=read_rank)
 
     @property
     def plan(self) -> Path:
@@ -70,7 +72,7 @@ class RunFolder:
     @property
     def log(self) -> Path:
         """What libraries print, and tracebacks."""
-        return self.path / "logs" / "forge.log"
+        return name_file(self.path / "logs" / "forge.log", self.rank)
 
     def read_facts(self) -> dict:
         """Reads what ``run.json`` says about the run."""
@@ -78,6 +80,8 @@ class RunFolder:
 
     def note_facts(self, **facts: object) -> None:
         """Adds facts to ``run.json``."""
+        if not self.rank.is_main:
+            return
         text = json.dumps({**self.read_facts(), **facts}, indent=1, ensure_ascii=False)
         write_atomic(self.path / RUN_FILE, text + "\n")
 
@@ -87,6 +91,8 @@ class RunFolder:
         A run that measured something stays, and the one it replaced goes. One that never began must not hold the
         name: it goes, and the earlier one comes back.
         """
+        if self.lock is None:
+            return
         try:
             if self.resumed or has_begun(self.path):
                 if self.replaced:
@@ -212,31 +218,6 @@ def recover_run(path: Path) -> str:
         if kept := recover_replaced(path, _is_worthless):
             return f"{path.name} is back from {kept.name}: what was to replace it ended before it began"
     return ""
-
-
-def find_run(output_dir: str, name: str | None, stem: str) -> Path:
-    """Finds the run that ``forge train RUN_FILE --resume`` means: the named one, or the latest of its file.
-
-    Raises:
-        CheckpointError: There is none.
-    """
-    root = Path(output_dir).expanduser()
-    if name:
-        recover_run(root / name)
-        found = [root / name] if (root / name).is_dir() else []
-    else:
-        runs = [path for path in root.glob(f"{glob.escape(stem)}*") if (path / RUN_FILE).is_file()]
-        numbers = {path: re.fullmatch(r"(?:-(\d+))?", path.name[len(stem) :]) for path in runs}
-        found = [path for path in runs if numbers[path]]
-        found = [max(found, key=lambda path: int(numbers[path][1] or 1))] if found else []
-    if not found:
-        raise CheckpointError(
-            "there is no run to resume",
-            where=str(root / (name or stem)),
-            why="--resume never starts a run from the beginning",
-            fix="leave --resume out to start it",
-        )
-    return found[0]
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from forge_cli.checkpoints.disk import DISK_ERRORS, count_free_bytes
-from forge_cli.errors import ForgeError, MachineError, MemoryExceeded, Stopped
+from forge_cli.errors import ForgeError, MachineError, MemoryExceeded, Stopped, WorkerDied
 from forge_cli.parts.stop_request import Interrupt
 from forge_cli.redaction import printable_lines
+from forge_cli.run.ranks import Rank
 from forge_cli.run.signals import describe_interrupt
 from forge_cli.schema.runspec import RunSpec
 from forge_cli.units import format_bytes
@@ -27,32 +28,56 @@ _LESS_MEMORY = (
     "lower training.per_device_train_batch_size or data.max_length, set training.activation_checkpointing: true, or "
     "use preset: memory_efficient"
 )
+_TRACKERS = {
+    "tensorboard": {"TENSORBOARD_LOGGING_DIR": "{}/tensorboard"},
+    "wandb": {"WANDB_DIR": "{}", "WANDB_SILENT": "true"},
+    "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true"},
+    "trackio": {"TRACKIO_DIR": "{}/trackio"},
+}
 
 
-def prepare_process() -> str:
+def prepare_process(rank: Rank = Rank()) -> str:
     """Sets what has to be set before torch is imported; returns what a user should know, or nothing.
 
     One process uses one GPU. Trackers and hub clients do not phone home unless the user asked them to.
 
+    Args:
+        rank: The place of this process among those of the run.
+
     Raises:
-        MachineError: Several GPUs are made visible, or several processes were started.
+        MachineError: Several GPUs are made visible to one process.
     """
     gc.enable()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or (visible and "," in visible):
+    if rank.count > 1:
+        return f"{rank.count} processes"
+    if visible and "," in visible:
         raise MachineError(
-            "several GPUs or processes",
-            where="CUDA_VISIBLE_DEVICES, WORLD_SIZE",
-            why="Forge trains on one GPU; the others would idle or write into the same run folder",
-            fix="start one process with CUDA_VISIBLE_DEVICES=0",
+            "several GPUs and one process",
+            where="CUDA_VISIBLE_DEVICES",
+            why="one process uses one GPU; the others would idle",
+            fix=f"add --num-processes {visible.count(',') + 1}, or set CUDA_VISIBLE_DEVICES=0",
         )
     if visible is not None:
         return ""
     os.environ["CUDA_VISIBLE_DEVICES"] = "0"
     listed = Path("/proc/driver/nvidia/gpus")
     count = len(list(listed.iterdir())) if listed.is_dir() else 0
-    return f"GPU 0 of {count} is used; set CUDA_VISIBLE_DEVICES to choose another" if count > 1 else ""
+    return f"GPU 0 of {count} is used; --num-processes {count} uses all" if count > 1 else ""
+
+
+@contextlib.contextmanager
+def trackers_in(folder: Path, spec: RunSpec) -> Iterator[None]:
+    """Lets trackers write into the run folder, unless the environment says where; they choose odd places."""
+    wanted = {name: text for one in spec.logging.report_to for name, text in _TRACKERS[one].items()}
+    wanted = {name: text.format(folder.resolve()) for name, text in wanted.items() if name not in os.environ}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name in wanted:
+            os.environ.pop(name, None)
 
 
 def check_packages(spec: RunSpec) -> None:
@@ -72,6 +97,14 @@ def check_packages(spec: RunSpec) -> None:
                 why="the run would end when training starts",
                 fix=f'pip install "forge-finetune[{extra}]"',
             )
+    if "wandb" in spec.logging.report_to and os.environ.get("WANDB_MODE") not in ("offline", "disabled"):
+        netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+        if not os.environ.get("WANDB_API_KEY") and not (netrc.is_file() and "wandb" in netrc.read_text("utf-8")):
+            raise MachineError(
+                "logging.report_to: wandb needs a login",
+                why="the run would end when training starts",
+                fix="type wandb login, or set WANDB_MODE=offline",
+            )
 
 
 class _MaskingFormatter(logging.Formatter):
@@ -83,6 +116,11 @@ class _MaskingFormatter(logging.Formatter):
 
 class RunLog(logging.FileHandler):
     """Writes what libraries say to a file; where the disk takes no more, the lines are lost and the run goes on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line, or loses it."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Writes no traceback to the terminal."""
@@ -143,6 +181,8 @@ def translated_errors(log: Path, advise: Callable[[], str] = str) -> Iterator[No
         ) from None
     except Exception as error:
         _write_traceback(log)
+        if (ended := _find_lost_process(error)) is not None:
+            raise ended from error
         if _is_out_of_memory(error):
             raise MemoryExceeded(
                 "the GPU's memory is full" if "CUDA" in str(error) else "memory is full",
@@ -157,6 +197,21 @@ def translated_errors(log: Path, advise: Callable[[], str] = str) -> Iterator[No
                 fix=f"make room, then: forge resume {log.parent.parent}; or set output_dir to another disk",
             ) from error
         raise
+
+
+def _find_lost_process(error: Exception) -> WorkerDied | None:
+    """Tells a failure to reach another process of the run from this one's own."""
+    if "torch" not in sys.modules:
+        return None
+    from forge_cli.parts.ranks import count_ranks, is_lost_process
+
+    if count_ranks() == 1 or not is_lost_process(error):
+        return None
+    return WorkerDied(
+        f"another process of the run has ended: {str(error).splitlines()[-1][:160]}",
+        why="no process can go on without the others; what is in the run folder is whole",
+        fix="read what the other one said",
+    )
 
 
 def _find_disk_error(error: Exception) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,8 +19,9 @@ from forge_cli.errors import MachineError
 from forge_cli.estimate.plan_memory import estimate_from_plan
 from forge_cli.parts.memory import MemoryCallback
 from forge_cli.parts.monitor import MonitorCallback
+from forge_cli.report.page import write_page
 from forge_cli.resolve.plan import Plan
-from forge_cli.run.folder import REPORT_FILE, RunFolder, write_atomic
+from forge_cli.run.folder import PAGE_FILE, REPORT_FILE, RunFolder, write_atomic
 from forge_cli.run.next_step import suggest_next
 from forge_cli.run.preflight import compare_phases
 from forge_cli.run.summary import verdict
@@ -73,7 +75,17 @@ def write_report(findings: Findings, folder: RunFolder) -> dict:
             where=str(error.filename or folder.path),
             fix=f"make room, then: forge resume {folder.path}; only the weights and the report are written again",
         ) from error
+    _write_page(report, findings.monitor.records, folder)
     return report
+
+
+def _write_page(report: dict, records: list[dict], folder: RunFolder) -> None:
+    """Writes ``report.html``; a run never fails for it, as ``forge report`` can write it again."""
+    try:
+        known = {**report, "created": folder.read_facts().get("created", "")}
+        write_atomic(folder.path / PAGE_FILE, write_page(known, records, verdict(report), folder.path))
+    except Exception as error:
+        warnings.warn(f"{PAGE_FILE} was not written: {error}; try: forge report {folder.path}", stacklevel=2)
 
 
 def build_report(findings: Findings, folder: RunFolder) -> dict:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, refuse_broken
-from forge_cli.errors import ConfigError, DataError, MachineError, Problem
+from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, refuse_broken, verify
+from forge_cli.errors import CheckpointError, ConfigError, DataError, MachineError, Problem
 from forge_cli.resolve.plan import Plan
-from forge_cli.run.folder import RunFolder
+from forge_cli.run.folder import RUN_FILE, RunFolder, recover_run
+from forge_cli.run.ranks import Rank, meet
+from forge_cli.schema.runspec import RunSpec
 
 # What may be another without changing a single weight: evaluation draws no random number that training sees.
 HARMLESS = ("name", "output_dir", "preset", "extends", "logging", "evaluation", "checkpoint", "monitor", "report")
 ALLOW_DATA = "data"
+ALLOW_RANKS = "num_processes"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,31 @@ class ResumePoint:
     records: tuple[dict, ...]
     lost_steps: int
     notes: tuple[str, ...]
+
+
+def find_run(output_dir: str, name: str | None, stem: str) -> Path:
+    """Finds the run that ``forge train RUN_FILE --resume`` means: the named one, or the latest of its file.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    root = Path(output_dir).expanduser()
+    if name:
+        recover_run(root / name)
+        found = [root / name] if (root / name).is_dir() else []
+    else:
+        runs = [path for path in root.glob(f"{glob.escape(stem)}*") if (path / RUN_FILE).is_file()]
+        numbers = {path: re.fullmatch(r"(?:-(\d+))?", path.name[len(stem) :]) for path in runs}
+        found = [path for path in runs if numbers[path]]
+        found = [max(found, key=lambda path: int(numbers[path][1] or 1))] if found else []
+    if not found:
+        raise CheckpointError(
+            "there is no run to resume",
+            where=str(root / (name or stem)),
+            why="--resume never starts a run from the beginning",
+            fix="leave --resume out to start it",
+        )
+    return found[0]
 
 
 def find_resume_point(folder: RunFolder, *, require_latest: bool = False) -> ResumePoint:
@@ -66,6 +96,77 @@ def find_resume_point(folder: RunFolder, *, require_latest: bool = False) -> Res
     notes.append(f"resumed from {checkpoint.path.name}, all files verified{repeated}")
     kept = tuple(one for one in records if int(one.get("step") or 0) <= checkpoint.step)
     return ResumePoint(checkpoint, kept, lost, tuple(notes))
+
+
+def introduce_folder(folder: RunFolder, device: str, point: ResumePoint | None) -> None:
+    """Meets the other processes of the run and tells them its folder, and where it goes on."""
+    if folder.rank.count == 1 or not folder.rank.is_main:
+        return
+    from forge_cli.parts.ranks import share
+
+    meet(folder.rank, device)
+    step = point.checkpoint.path.name if point else None
+    share({"path": str(folder.path.absolute()), "run_id": folder.run_id, "checkpoint": step})
+
+
+def find_folder_of_main(spec: RunSpec, rank: Rank) -> tuple[RunFolder, ResumePoint | None]:
+    """Meets the first process and learns from it which folder the run has, and where it goes on.
+
+    Raises:
+        MachineError: The folder is not on this machine.
+        CheckpointError: The checkpoint is not what the first process sees.
+    """
+    from forge_cli.build.compute import choose_compute
+    from forge_cli.parts.ranks import share
+
+    meet(rank, choose_compute(spec, rank.local).device)
+    told = share()
+    path = Path(told["path"])
+    if not path.is_dir():
+        raise MachineError(
+            f"process {rank.number} does not see the run folder",
+            where=str(path),
+            why="all processes read the same checkpoints",
+            fix="set output_dir to a folder that all machines share",
+        )
+    folder = RunFolder(path, told["run_id"], None, resumed=True, rank=rank)
+    if told["checkpoint"] is None:
+        return folder, None
+    checkpoint = verify(folder.checkpoints / told["checkpoint"], folder.run_id)
+    if not isinstance(checkpoint, Checkpoint):
+        raise refuse_broken([checkpoint], folder.checkpoints)
+    return folder, ResumePoint(checkpoint, (), 0, ())
+
+
+def read_num_processes(run: Path) -> int:
+    """Reads how many processes wrote the newest checkpoint of a run that can be read; 1 if none can."""
+    for path in CheckpointStore(run / "checkpoints", "").list_paths():
+        found = verify(path, hashes=False)
+        if isinstance(found, Checkpoint):
+            return found.manifest.world_size
+    return 1
+
+
+def compare_ranks_before(before: int, now: int, allowed: Collection[str]) -> list[str]:
+    """Compares how many processes a run had with how many it has.
+
+    Returns:
+        One line if a change is taken.
+
+    Raises:
+        ConfigError: They differ, and ``allowed`` does not hold ``num_processes``.
+    """
+    if before == now:
+        return []
+    words = f"was {before} and is {now}"
+    if ALLOW_RANKS in allowed:
+        return [f"{ALLOW_RANKS} {words}, as allowed; a step has other rows, and the run is not what it would have been"]
+    raise ConfigError(
+        f"{ALLOW_RANKS} {words}",
+        where="--num-processes",
+        why="every step would see other rows, and random numbers would be others",
+        fix=f"start {before}, or add --allow-change {ALLOW_RANKS}",
+    )
 
 
 def read_records(path: Path) -> list[dict]:

@@ -54,11 +54,15 @@ def render_summary(report: dict, folder: Path, program: str = "forge") -> str:
     for sample in report["samples"][:_SHOWN_SAMPLES]:
         lines += [f"  asked   {_shorten(sample['shown'])}", f"  before  {_shorten(sample['before'])}"]
         lines += [f"  after   {_shorten(sample['after'])}", ""]
-    lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {folder / 'report.md'}"]
+    lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {folder / _page(folder)}"]
     following = report["next"]
     if following.startswith("forge "):
         following = program + following.removeprefix("forge")
     return "\n".join([*lines, f"next     {following}"])
+
+
+def _page(folder: Path) -> str:
+    return "report.html" if (folder / "report.html").exists() else "report.md"
 
 
 def _shorten(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from importlib.metadata import version
@@ -20,13 +21,14 @@ from forge_cli.checkpoints.store import CheckpointStore, refuse_broken
 from forge_cli.errors import CheckpointError, ModelError
 from forge_cli.parts.keeper import Keeper
 from forge_cli.parts.memory import MemoryCallback
+from forge_cli.parts.ranks import share, wait_for_all
 from forge_cli.parts.sequence_test import TOLERANCE_16_BIT, TOLERANCE_FLOAT32, measure_leak
 from forge_cli.parts.stop_request import StopRequest
 from forge_cli.resolve.plan import Plan
 from forge_cli.resolve.rules_training import warn_about_ema
 from forge_cli.run.folder import RunFolder, write_atomic
 from forge_cli.run.report import TrainingFigures
-from forge_cli.run.reporter import Reporter
+from forge_cli.run.reporter import Reporter, gather_expectations
 from forge_cli.run.resume import ResumePoint
 from forge_cli.run.room import check_room
 from forge_cli.run.watchdog import Watchdog, read_limit
@@ -63,7 +65,9 @@ def build_trainer(
         args=args,
         train_dataset=data.train,
         eval_dataset=data.eval,
-        monitor=build_monitor(plan.spec, folder.metrics, reporter.record, data.name_rows, memory),
+        monitor=build_monitor(
+            plan.spec, folder.metrics if folder.rank.is_main else None, reporter.record, data.name_rows, memory
+        ),
         ema=build_ema(plan.spec),
         ref_model=reference.model if reference else None,
     )
@@ -124,11 +128,17 @@ def run_training(
         stop: What signals asked for.
     """
     memory = trainer.monitor.memory
-    watchdog = Watchdog(folder.log.parent, read_limit())
+    watchdog = Watchdog(folder.log.parent, read_limit(), folder.rank)
     trainer.stop, trainer.on_progress = stop, watchdog.mark
     # The trainer's own arithmetic of epochs, batches and accumulation.
     num_steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())[-1]
-    check_room(plan, folder.path, folder.run_id, trainer.model, num_steps)
+    if folder.rank.is_main:
+        check_room(plan, folder.path, folder.run_id, trainer.model, num_steps)
+        expected = gather_expectations(plan, on_gpu=trainer.args.device.type == "cuda")
+        with contextlib.suppress(OSError):
+            folder.note_facts(expected={"num_steps": num_steps, **expected})
+        if hasattr(reporter, "expect"):
+            reporter.expect(first_step=point.checkpoint.step if point else 0, **expected)
     loss_before = _take_up(folder, trainer, point) or trainer.evaluate_now()
     if not plan.spec.training.max_steps:
         for warning in warn_about_ema(plan.spec, num_steps):
@@ -162,6 +172,7 @@ def _train_through(trainer: WatchedTrainer, path: Path | None, reporter: Reporte
                     event.reason, why="there is no checkpoint to go back to", fix="remove checkpoint: null"
                 ) from event
             trainer.keeper.finish()
+            wait_for_all()  # the first process writes, all of them read
             checkpoint, broken = trainer.keeper.store.find_newest()
             if checkpoint is None:
                 raise refuse_broken(broken, trainer.keeper.store.root) from event
@@ -169,15 +180,16 @@ def _train_through(trainer: WatchedTrainer, path: Path | None, reporter: Reporte
             reporter.say(f"{event.reason}: back to {path.name}")
         else:
             break
+    trainer.check_equal_weights()
     if trainer.keeper:
         trainer.keeper.finish(is_over=True)
 
 
 def _take_up(folder: RunFolder, trainer: WatchedTrainer, point: ResumePoint | None) -> dict[str, float] | None:
     """Gives the monitor the records of the steps that are done; returns the evaluation before the first of them."""
-    if point is None:
-        return None
+    if point is None or not folder.rank.is_main:
+        return share()
     text = "".join(json.dumps(record) + "\n" for record in point.records)
     write_atomic(folder.metrics, text)
     trainer.monitor.take_up(point.records)
-    return next((one for one in point.records if one.get("step") == 0 and "eval_loss" in one), None)
+    return share(next((one for one in point.records if one.get("step") == 0 and "eval_loss" in one), None))

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from forge_cli.errors import ConfigError, NoProgress
+from forge_cli.run.ranks import Rank, name_file
 
 VARIABLE = "FORGE_WATCHDOG_SECONDS"
 LEAST_SECONDS = 300.0
 MEDIAN_RATIO = 10.0
 # The first step may compile kernels, and a save may go to a slow disk.
 SLOW_RATIO = 6.0
+OTHERS_SECONDS = 3.0
 STACKS_FILE, CRASH_FILE = "stacks.txt", "crash.txt"
 
 
@@ -29,10 +31,14 @@ class Watchdog:
         logs: Folder for the stacks.
         limit_seconds: Use this limit always; else five minutes or ten times the median step, six times as much for
             the first step and for saves.
+        rank: The process, of several.
     """
 
-    def __init__(self, logs: Path, limit_seconds: float | None = None) -> None:
+    def __init__(self, logs: Path, limit_seconds: float | None = None, rank: Rank | None = None) -> None:
         self.logs = logs
+        # Processes that wait for one another hang together, and each is to leave its stacks.
+        self.others_seconds = OTHERS_SECONDS if rank and rank.count > 1 else 0.0
+        self.stacks = name_file(logs / STACKS_FILE, rank or Rank())
         self.fixed_seconds = limit_seconds
         self._steps: deque[float] = deque(maxlen=101)
         self._age_seconds = self._step_seconds = 0.0
@@ -91,7 +97,7 @@ class Watchdog:
 
     def _fire(self) -> None:
         """Writes the stacks and ends the process: the thread that hangs cannot be made to raise anything."""
-        path = self.logs / STACKS_FILE
+        path = self.stacks
         error = NoProgress(
             f"no step, evaluation batch or save was finished for {self._age_seconds:.0f} s",
             where=str(path),
@@ -103,6 +109,7 @@ class Watchdog:
         (problem,) = error.problems
         with contextlib.suppress(OSError):  # not print: the thread that hangs may hold its lock
             os.write(2, f"error: {problem.describe()}\n  fix: {problem.fix}\n".encode())
+        time.sleep(self.others_seconds)
         os._exit(error.exit_code)
 
 

@@ -29,6 +29,7 @@ MODULES = (
     "forge_cli.cli.resume",
     "forge_cli.cli.live",
     "forge_cli.run.execute",
+    "forge_cli.run.stages",
     "forge_cli.run.training",
     "forge_cli.run.artifacts",
     "forge_cli.run.report",

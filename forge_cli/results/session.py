@@ -1,0 +1,21 @@
+"""Prepares a process to work on a run's model; imported before anything that imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from forge_cli.results.find import Run
+from forge_cli.run.process import library_logs, prepare_process, translated_errors
+
+
+@contextlib.contextmanager
+def working_on(run: Run) -> Iterator[None]:
+    """Prepares the process for a run's model: what libraries say goes to the run's log, failures become Forge's own.
+
+    Use it around everything that loads or asks a model.
+    """
+    prepare_process()
+    log = run.path / "logs" / "results.log"
+    with translated_errors(log, lambda: "close what else uses this memory"), library_logs(log):
+        yield
