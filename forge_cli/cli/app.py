@@ -16,8 +16,19 @@ from forge_cli.version import __version__
 # Each module holds FUNCTIONS, from command name to function. It is imported when its command is called, so that
 # `forge --help` pays for none of them.
 COMMANDS = {
+    "init": ("forge_cli.cli.init", "Write a run file for your rows and your GPU."),
     "train": ("forge_cli.cli.train", "Carry out a run file."),
     "resume": ("forge_cli.cli.resume", "Go on with a run that was stopped."),
+    "watch": ("forge_cli.cli.watch", "Follow a run from another terminal."),
+    "runs": ("forge_cli.cli.runs", "List, show and compare runs."),
+    "report": ("forge_cli.cli.report", "Write the page of a run."),
+    "chat": ("forge_cli.cli.chat", "Talk to what a run trained."),
+    "generate": ("forge_cli.cli.generate", "Answer the prompts of a file."),
+    "eval": ("forge_cli.cli.evaluate", "Measure what a run trained: loss, perplexity, exact match."),
+    "merge": ("forge_cli.cli.merge", "Merge a run's adapter into its base, and prove it."),
+    "export": ("forge_cli.cli.export", "Write a GGUF file of a run, and prove it."),
+    "average": ("forge_cli.cli.average", "Average the newest checkpoints of a run."),
+    "push": ("forge_cli.cli.push", "Upload a run's weights to the hub."),
     "verify": ("forge_cli.cli.verify", "Check a run's checkpoints to the last byte."),
     "chaos": ("forge_cli.cli.chaos", "Try what a run survives: kills, signals, full disks, NaN."),
     "estimate": ("forge_cli.cli.estimate", "Predict the GPU memory, time and cost of a run."),
@@ -25,6 +36,9 @@ COMMANDS = {
     "config": ("forge_cli.cli.config", "Show, explain and check run files."),
     "presets": ("forge_cli.cli.presets", "Starting values, each with its reason."),
     "recipes": ("forge_cli.cli.recipes", "Complete run files to start from."),
+    "migrate": ("forge_cli.cli.migrate", "Turn a run file of another tool into one of Forge's."),
+    "doctor": ("forge_cli.cli.doctor", "Check whether a run can train on this machine."),
+    "completion": ("forge_cli.cli.completion", "Complete commands, models and settings in your shell."),
     "models": ("forge_cli.cli.models", "Models whose shape is known without loading them."),
 }
 
@@ -115,8 +129,11 @@ def _report_failure(error: Exception, debug: bool) -> int:
 
         print(printable_lines("".join(traceback.format_exception(error))), file=sys.stderr)
     if isinstance(error, ForgeError):
+        rank = os.environ.get("RANK", "0")
         for problem in error.problems:
-            _print_problem(problem)
+            # What is wrong with the run file all processes of a run find, and one says.
+            if rank == "0" or error.exit_code != 2:
+                _print_problem(problem, f"process {rank}: " if rank != "0" else "")
         if getattr(error, "at_once", False):
             os._exit(error.exit_code)  # the interpreter's end would wait for threads, if not for ever
         return error.exit_code
@@ -143,10 +160,10 @@ def _report_failure(error: Exception, debug: bool) -> int:
     return 1
 
 
-def _print_problem(problem: Problem) -> None:
+def _print_problem(problem: Problem, speaker: str = "") -> None:
     """Writes what is wrong and where in one line, and what to type instead in a second one."""
     from forge_cli.redaction import printable_lines
 
-    print(printable_lines(f"error: {problem.describe()}"), file=sys.stderr)
+    print(printable_lines(f"{speaker}error: {problem.describe()}"), file=sys.stderr)
     if problem.fix:
         print(printable_lines(f"  fix: {problem.fix}"), file=sys.stderr)

@@ -16,13 +16,17 @@ if TYPE_CHECKING:
 
 
 RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)]
+MaybeRunFile = Annotated[
+    Path, typer.Argument(metavar="[RUN_FILE]", help="Run file (YAML); default: run.yaml.", show_default=False)
+]
+DEFAULT_FILE = Path("run.yaml")
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def validate(run_file: RunFile, overrides: Overrides = None, json: Json = False) -> None:
+def validate(run_file: MaybeRunFile = DEFAULT_FILE, overrides: Overrides = None, json: Json = False) -> None:
     """Check a run file and name every problem in it."""
     try:
         plan = _resolve(run_file, overrides)
@@ -43,7 +47,7 @@ def validate(run_file: RunFile, overrides: Overrides = None, json: Json = False)
     print(f"{run_file} is valid, plan {plan.digest[:12]}")
 
 
-def show(run_file: RunFile, overrides: Overrides = None, json: Json = False) -> None:
+def show(run_file: MaybeRunFile = DEFAULT_FILE, overrides: Overrides = None, json: Json = False) -> None:
     """Print the whole plan: every setting, after preset, recipe, run file and --set."""
     plan = _resolve(run_file, overrides)
     if json:

@@ -15,7 +15,10 @@ from forge_cli.cli.render import print_json
 from forge_cli.errors import DataError, MachineError
 from forge_cli.units import count_of
 
-RunFile = Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)]
+MaybeRunFile = Annotated[
+    Path, typer.Argument(metavar="[RUN_FILE]", help="Run file (YAML); default: run.yaml.", show_default=False)
+]
+DEFAULT_FILE = Path("run.yaml")
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
 ]
@@ -23,7 +26,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def check(
-    run_file: RunFile,
+    run_file: MaybeRunFile = DEFAULT_FILE,
     overrides: Overrides = None,
     strict: Annotated[bool, typer.Option("--strict", help="Duplicates and notes are errors (exit 3).")] = False,
     json: Json = False,
@@ -46,7 +49,7 @@ def check(
 
 
 def preview(
-    run_file: RunFile,
+    run_file: MaybeRunFile = DEFAULT_FILE,
     overrides: Overrides = None,
     row: Annotated[
         list[int] | None,

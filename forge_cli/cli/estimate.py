@@ -62,6 +62,8 @@ def estimate(
     """Predict the GPU memory, time and cost of a run, or of a model's methods."""
     from forge_cli.cli.estimate_options import check_options
 
+    if run_file is None and model is None and not calibrate and Path("run.yaml").is_file():
+        run_file = Path("run.yaml")
     check_options(
         {"RUN_FILE": run_file, "--model": model, "--set": overrides, "--gpu": gpu, "--memory": memory}
         | {"--sharding": sharding, "--max": largest, "--fits": fits, "--sweep": sweep, "--plot": plot, "--price": price}

@@ -215,7 +215,7 @@ def test_json_schema_accepts_run_files_and_describes_every_key():
         (["presets", "show"], "forge presets show --help"),
         (["presets", "show", "lor"], "did you mean lora"),
         (["recipes", "show", "qqqqq"], "forge recipes list"),
-        (["train"], "forge train --help"),
+        (["train"], "forge init"),
     ],
 )
 def test_usage_errors_are_one_line_with_a_fix_and_exit_2(arguments: list[str], words: str):
