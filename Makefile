@@ -17,7 +17,7 @@ quickstart: $(VENV)/.installed
 	$(RUN)/forge train recipes/quickstart.yaml
 
 test: $(VENV)/.installed-test
-	$(RUN)/python -m pytest
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile
 
 real: $(VENV)/.installed-real
 	$(RUN)/python recipes/real_prepare.py --out build/real
