@@ -19,11 +19,15 @@ _PATH_STARTS = ("/", "./", "../", "~")
 
 def holds_secret(text: str) -> bool:
     """Tells whether a text holds something that looks like an access token or a password."""
+    if len(text) < _SHORTEST:
+        return False
     return _SECRET.search(text) is not None or any(one in text for one in _list_known())
 
 
 def mask(text: str) -> str:
     """Replaces access tokens and passwords by ``***``, those in the environment's variables too."""
+    if len(text) < _SHORTEST:
+        return text
     for one in _list_known():
         text = text.replace(one, MASK)
     return _SECRET.sub(MASK, text)

@@ -11,7 +11,9 @@ from forge_cli.cli.train import AllowChange, BreakLock, NumProcesses, PreemptExi
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder; default: the newest run.", show_default=False)
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
     ] = None,
@@ -28,9 +30,12 @@ def resume(
     """Go on with a run from its newest checkpoint that is whole."""
     from forge_cli.cli.live import choose_reporter
     from forge_cli.cli.train import exit_code_of_stops, launch_processes, read_resuming, show_result
+    from forge_cli.results.find import choose_run
     from forge_cli.run.execute import resume_run
     from forge_cli.run.ranks import read_rank
     from forge_cli.run.resume import read_num_processes
+
+    run = run or choose_run(None).path
 
     if read_rank().count == 1 and (count := num_processes or read_num_processes(run)) > 1:
         launch_processes(count)

@@ -10,15 +10,19 @@ import typer
 
 
 def verify(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.", show_default=False)],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="Run folder; default: the newest run.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check every checkpoint of a run; exit 13 if the latest cannot be used."""
     from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, refuse_broken
     from forge_cli.checkpoints.store import verify as verify_checkpoint
+    from forge_cli.results.find import choose_run
     from forge_cli.run.folder import read_run_id
     from forge_cli.units import format_bytes
 
+    run = run or choose_run(None).path
     run_id = read_run_id(run)
     store = CheckpointStore(run / "checkpoints", run_id)
     found = [verify_checkpoint(path, run_id) for path in store.list_paths()]

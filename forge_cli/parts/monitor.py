@@ -20,7 +20,7 @@ from forge_cli.parts.guard import Guard, Verdict
 from forge_cli.parts.layers import ParameterGroups, measure_norms
 from forge_cli.parts.memory import MemoryCallback
 from forge_cli.parts.ranks import add_up, count_ranks
-from forge_cli.parts.step_records import append_record, number_rows, pick_rewards, read_steps
+from forge_cli.parts.step_records import RecordFile, number_rows, pick_rewards, read_steps
 
 Record = dict[str, object]
 
@@ -59,7 +59,7 @@ class MonitorCallback(TrainerCallback):
         self.guard = guard or Guard("warn", spike_ratio, spike_window)
         self.is_skipped = False
         self.rollback_reason = ""
-        self.metrics_path = metrics_path
+        self._file = RecordFile(metrics_path) if metrics_path else None
         self.on_record = on_record
         self.name_rows = name_rows or number_rows
         self._memory = memory
@@ -289,13 +289,12 @@ class MonitorCallback(TrainerCallback):
 
     def alarm(self, step: int, kind: str, message: str) -> None:
         """Records an alarm."""
-        record: Record = {"step": step, "alarm": kind, "message": message}
-        self.alarms.append(record)
-        self._write(record)
+        self.alarms.append({"step": step, "alarm": kind, "message": message})
+        self._write(self.alarms[-1])
 
     def _write(self, record: Record) -> None:
         self.records.append(record)
-        if self.metrics_path is not None:
-            append_record(self.metrics_path, record)
         if self.on_record is not None:
             self.on_record(record)
+        if self._file is not None and (lost := self._file.append(record)):
+            self.alarm(record["step"], "disk", lost)

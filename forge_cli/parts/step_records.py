@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,13 +58,32 @@ def _as_json(value: object) -> object:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def append_record(path: Path, record: Mapping[str, object]) -> None:
-    """Appends a record to a file of JSON lines. A disk that takes none must not end a training; it is warned once."""
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(encode_record(record))
-    except OSError as error:
-        warnings.warn(f"{path.name} cannot be written ({error.strerror}); training goes on without it", stacklevel=2)
+class RecordFile:
+    """A file of JSON lines that a run appends to. A disk that takes none must not end a training.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._is_told = False
+
+    def append(self, record: Mapping[str, object]) -> str:
+        """Appends a record; returns what a user should know the first time that one is lost."""
+        try:
+            with self.path.open("ab+") as file:
+                # Half a line, left by a full disk, must not spoil this one.
+                if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                    file.write(b"\n")
+                file.write(encode_record(record).encode())
+        except OSError as error:
+            is_told, self._is_told = self._is_told, True
+            lost = (
+                f"{self.path.name} cannot be written ({error.strerror}); training goes on, and these records are lost"
+            )
+            return "" if is_told else lost
+        return ""
 
 
 def number_rows(rows: Sequence[int]) -> list[str]:

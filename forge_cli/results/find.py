@@ -111,7 +111,7 @@ def choose_run(path: Path | None = None, *, with_weights: bool = False) -> Run:
             )
         return runs[0]
     for place in (path, *(root / path for root in _usual_roots() if not path.is_absolute())):
-        if (place / RUN_FILE).is_file():
+        if _is_there(place / RUN_FILE):
             return Run(place)
     names = [run.path.name for run in list_runs()]
     raise CheckpointError(
@@ -131,6 +131,13 @@ def _usual_roots() -> Iterator[Path]:
             return
         if root != Path(RUNS_FOLDER):
             yield root
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _is_run(path: Path) -> bool:

@@ -49,6 +49,7 @@ TRIALS = (
     Trial("Ctrl-C in a step", "int@step:5", (130,)),
     Trial("hangs in a step", "hang@step:5", (12,), environment=(("FORGE_WATCHDOG_SECONDS", "20"),)),
     Trial("disk full while saving", "full@save:weights.safetensors:4", (0,)),
+    Trial("out of memory in a step", "oom@forward:5", (0, 11), same_bits=False),
     Trial("loss is NaN in a step", "nan@loss:5", (0,), same_bits=False),
 )
 

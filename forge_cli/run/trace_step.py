@@ -112,7 +112,7 @@ def choose_traced_compute(spec: RunSpec, on_gpu: bool) -> compute.Compute:
     """Chooses the formats that :func:`forge_cli.build.compute.choose_compute` would, on a GPU that has bfloat16."""
     place = ("cuda:0", "traced GPU") if on_gpu else ("cpu", "CPU")
     with (
-        mock.patch.object(compute, "_find_device", lambda: place),
+        mock.patch.object(compute, "_find_device", lambda *_: place),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda **_: True),
     ):
         return replace(compute.choose_compute(spec), device="cpu")

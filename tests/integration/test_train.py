@@ -65,7 +65,7 @@ def test_a_run_leaves_everything_it_promises(tiny_settings):
     )
     files = {path.name for path in result.folder.iterdir()}
     assert files == {
-        "adapter", "adapter-raw", "checkpoints", "logs", "metrics.jsonl", "plan.yaml", "report.json", "report.md",
+        "adapter", "adapter-raw", "checkpoints", "logs", "metrics.jsonl", "plan.yaml", "report.html", "report.json", "report.md",
         "run.json", ".lock",
     }  # fmt: skip
     assert not list(result.folder.rglob("*.partial"))

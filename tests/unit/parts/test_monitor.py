@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from forge_cli.errors import DivergedError
 from forge_cli.parts.layers import ParameterGroups, count_parameters, measure_norms
 from forge_cli.parts.monitor import MonitorCallback
+from forge_cli.parts.step_records import RecordFile
 
 
 class SyncCounter(TorchDispatchMode):
@@ -173,3 +174,12 @@ def test_a_tensor_without_gradient_raises_an_alarm_at_step_1(load_tiny, tiny_bat
 
 def test_count_parameters_unpacks_4_bit_weights(load_tiny):
     assert count_parameters(load_tiny(four_bit=True))[0] == count_parameters(load_tiny())[0]
+
+
+def test_half_a_line_spoils_nothing_and_a_lost_record_is_told_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert RecordFile(path).append({"step": 3}) == ""
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"step": 2, "lo', '{"step": 3}']
+    gone = RecordFile(tmp_path / "gone" / "metrics.jsonl")
+    assert "cannot be written" in gone.append({"step": 1}) and gone.append({"step": 2}) == ""
