@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -151,7 +152,10 @@ def _report_failure(error: Exception, debug: bool) -> int:
     if isinstance(error, typer.Abort):
         print("error: stopped by the user", file=sys.stderr)
         return _INTERRUPTED
-    if isinstance(error, OSError) and error.errno in (28, 122):
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        _print_problem(Problem(str(error.filename)[:60] + "...", "", "no file can have a name as long as this"))
+        return 2
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         _print_problem(Problem("", "", f"output cannot be written: {error.strerror}", fix="free some space"))
         return 5
     print(printable_lines(f"internal error: {type(error).__name__}: {error}"), file=sys.stderr)

@@ -65,8 +65,8 @@ def test_a_run_leaves_everything_it_promises(tiny_settings):
     )
     files = {path.name for path in result.folder.iterdir()}
     assert files == {
-        "adapter", "adapter-raw", "checkpoints", "logs", "metrics.jsonl", "plan.yaml", "report.html", "report.json", "report.md",
-        "run.json", ".lock",
+        "adapter", "adapter-raw", "checkpoints", "logs", "metrics.jsonl", "plan.yaml", "report.json", "report.md",
+        "report.html", "run.json", ".lock",
     }  # fmt: skip
     assert not list(result.folder.rglob("*.partial"))
     assert {"chat_template.jinja", "tokenizer.json"} <= {p.name for p in result.weights.iterdir()}
