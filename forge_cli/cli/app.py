@@ -110,6 +110,9 @@ def run_app(arguments: list[str] | None = None) -> None:
             sys.stdout.flush()
         if code == _INTERRUPTED:  # Typer has turned Ctrl-C into this
             print("error: stopped by the user", file=sys.stderr)
+    except SystemExit as stop:
+        # click ends with 1 when nobody reads the output any more, which is no failure.
+        code = 0 if type(sys.stdout).__name__ == "PacifyFlushWrapper" else stop.code
     except BrokenPipeError:
         # The reader (head, less) has had enough; the interpreter must not try to flush again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -132,8 +135,7 @@ def _report_failure(error: Exception, debug: bool) -> int:
     if isinstance(error, ForgeError):
         rank = os.environ.get("RANK", "0")
         for problem in error.problems:
-            # What is wrong with the run file all processes of a run find, and one says.
-            if rank == "0" or error.exit_code != 2:
+            if rank == "0" or not _is_for_one(error):
                 _print_problem(problem, f"process {rank}: " if rank != "0" else "")
         if getattr(error, "at_once", False):
             os._exit(error.exit_code)  # the interpreter's end would wait for threads, if not for ever
@@ -162,6 +164,12 @@ def _report_failure(error: Exception, debug: bool) -> int:
     if not debug:
         print("  fix: run it again with --debug for the traceback, and report it", file=sys.stderr)
     return 1
+
+
+def _is_for_one(error: ForgeError) -> bool:
+    """Tells whether all processes of a run meet a failure, or only see another's, so that one of them says it."""
+    is_seen = error.exit_code == 14 and "FORGE_LAUNCHED" in os.environ
+    return error.exit_code == 2 or error.exit_code > 128 or is_seen
 
 
 def _print_problem(problem: Problem, speaker: str = "") -> None:

@@ -10,7 +10,9 @@ import typer
 
 
 def chaos(
-    run_file: Annotated[Path, typer.Argument(metavar="RUN_FILE", help="Run file (YAML).", show_default=False)],
+    run_file: Annotated[
+        Path, typer.Argument(metavar="[RUN_FILE]", help="Run file (YAML); default: run.yaml.", show_default=False)
+    ] = Path("run.yaml"),
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Set one value, as if in the run file.")
     ] = None,
@@ -29,10 +31,10 @@ def chaos(
     print(f"{'fault':<40} {'exit':>4}  {'corrupt':>7}  {'resumed':>7}  {'same bits':>9}  survived")
     for verdict in inject_faults(run_file, overrides or [], folder, say):
         resumed = "-" if verdict.resumed is None else str(verdict.resumed)
-        marks = ("yes" if verdict.equal else "no"), ("yes" if verdict.survived else "NO")
-        line = (
-            f"{verdict.trial.what:<40} {verdict.code:>4}  {verdict.broken:>7}  {resumed:>7}  {marks[0]:>9}  {marks[1]}"
-        )
+        # A step that was skipped ends with other weights, as it is meant to.
+        same = "yes" if verdict.equal else "no" if verdict.trial.same_bits else "-"
+        survived = "yes" if verdict.survived else "NO"
+        line = f"{verdict.trial.what:<40} {verdict.code:>4}  {verdict.broken:>7}  {resumed:>7}  {same:>9}  {survived}"
         print(line, flush=True)
         if not verdict.survived:
             lost.append(verdict.trial.fault)
@@ -43,6 +45,7 @@ def chaos(
             why="a real run on this machine would lose work in the same way",
             fix="look at the logs in this folder, and report them",
         )
+    print(f"all faults were survived; {folder} holds the runs and their logs, and may be deleted")
 
 
 FUNCTIONS = {"chaos": chaos}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,7 +55,7 @@ def describe_export(result: dict) -> list[str]:
     else:
         lines.append(f"  note: not compared with the model: {result['not_checked']}")
     if result["modelfile"]:
-        lines.append(f"  ollama    ollama create NAME -f {result['modelfile']}")
+        lines.append(f"  ollama    ollama create NAME -f {shlex.quote(str(result['modelfile']))}")
     else:
         lines.append("  note: the Modelfile there is not Forge's and was left alone")
     return lines

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,10 +76,10 @@ def init(
         _print_json(proposal, output, target)
         return
     print(f"wrote {output} and forge.schema.json beside it, which lets editors complete and check it\n")
-    name = "" if output == Path("run.yaml") else f" {output}"
+    name = "" if output == Path("run.yaml") else f" {shlex.quote(str(output))}"
     print("next:")
-    print(f"  {f'forge train{name}':<28} train it")
-    print(f"  {'forge chat':<28} talk to it")
+    print(f"  {f'forge train{name}':<28}  train it")
+    print(f"  {'forge chat':<28}  talk to it")
 
 
 def _need(model: str | None, data: str | None) -> None:

@@ -24,13 +24,16 @@ def push(
     """Upload a run's weights, tokenizer and model card to the hub."""
     from forge_cli.cli.render import print_json
     from forge_cli.results.find import choose_run
-    from forge_cli.results.push import push_run
+    from forge_cli.results.session import working_on
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
     chosen = choose_run(run, with_weights=True)
-    result = push_run(chosen, repo, public=public, merged=merged, dry_run=dry_run, say=say)
+    with working_on(chosen):
+        from forge_cli.results.push import push_run
+
+        result = push_run(chosen, repo, public=public, merged=merged, dry_run=dry_run, say=say)
     print_json(result) if as_json else _print_result(result)
 
 

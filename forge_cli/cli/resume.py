@@ -35,7 +35,7 @@ def resume(
     from forge_cli.run.ranks import read_rank
     from forge_cli.run.resume import read_num_processes
 
-    run = run or choose_run(None).path
+    run = run if run and run.is_dir() else choose_run(run).path
 
     if read_rank().count == 1 and (count := num_processes or read_num_processes(run)) > 1:
         launch_processes(count)

@@ -99,7 +99,7 @@ def launch_processes(count: int) -> None:
     """Gives the command that was typed to several processes, and ends with their exit code."""
     from forge_cli.run.launch import launch
 
-    raise typer.Exit(launch(drop_option(sys.argv[1:], "--num-processes"), count))
+    sys.exit(launch(drop_option(sys.argv[1:], "--num-processes"), count))
 
 
 def drop_option(arguments: list[str], name: str) -> list[str]:

@@ -22,7 +22,7 @@ def verify(
     from forge_cli.run.folder import read_run_id
     from forge_cli.units import format_bytes
 
-    run = run or choose_run(None).path
+    run = run if run and run.is_dir() else choose_run(run).path
     run_id = read_run_id(run)
     store = CheckpointStore(run / "checkpoints", run_id)
     found = [verify_checkpoint(path, run_id) for path in store.list_paths()]

@@ -151,7 +151,8 @@ def _say_verdict(path: Path) -> list[str]:
         lines = verdict(Run(path).report)
     except (KeyError, TypeError):
         lines = ["it is finished, and its report.json cannot be read"]
-    return ["", *lines, f"report   {path / 'report.md'}"]
+    page = path / "report.html"
+    return ["", *lines, f"report   {page if page.exists() else path / 'report.md'}"]
 
 
 def _refuse(path: Path, sight, progress):

@@ -42,9 +42,9 @@ def describe_type(annotation: object) -> str:
             parts.append(
                 f"a list with items from {choices[7:]}"
                 if choices.startswith("one of ")
-                else "a list of them"
-                if parts
                 else "a list of texts"
+                if inner is str
+                else f"a list, each {choices}"
             )
         elif get_origin(member) is dict:
             parts.append("names with their values")

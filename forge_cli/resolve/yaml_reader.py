@@ -63,6 +63,8 @@ def read_yaml(path: Path) -> Document:
         ConfigError: The file cannot be read, or its text is not YAML.
     """
     file = printable(str(path))
+    if path.suffix in (".jsonl", ".csv", ".parquet", ".arrow") and path.is_file():
+        raise ConfigError("these are rows, not a run file", where=file, fix=f"write one with: forge init --data {file}")
     return read_yaml_text(read_bytes(path, file), file)
 
 

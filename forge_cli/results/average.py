@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from forge_cli.build.data import prepare_data
 from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, verify
 from forge_cli.errors import CheckpointError, ForgeError, MachineError
 from forge_cli.parts.labels import IGNORED
@@ -16,6 +15,7 @@ from forge_cli.parts.state import find_non_finite
 from forge_cli.results.card import write_card
 from forge_cli.results.find import Run
 from forge_cli.results.load import LoadedRun, load_run
+from forge_cli.results.rows import prepare_rows
 from forge_cli.run.artifacts import save_weights
 from forge_cli.run.folder import RunFolder
 
@@ -142,7 +142,7 @@ def _read_rows(run: Run, loaded: LoadedRun, say: Callable[[str], None]) -> list[
         say(f"note: not evaluated: the loss of {run.plan.spec.method} is not measured here")
         return []
     try:
-        rows = prepare_data(run.plan.spec, loaded.tokenizer).eval
+        rows = prepare_rows(run, run.plan.spec, loaded.tokenizer).eval
     except (ForgeError, OSError) as error:
         say(f"note: not evaluated: {str(error).splitlines()[0]}")
         return []

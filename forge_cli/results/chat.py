@@ -61,7 +61,7 @@ class Chat:
         """
         if line.startswith("/"):
             name, _, rest = line.strip().partition(" ")
-            if name == "/exit":
+            if name in ("/exit", "/quit"):
                 return False
             self._command(name, rest.strip())
         elif text := line.strip():

@@ -11,13 +11,14 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from forge_cli.build.data import Question, prepare_data
+from forge_cli.build.data import Question
 from forge_cli.data.formats import find_kind
 from forge_cli.data.reading import BadRow, find_files, read_file
 from forge_cli.errors import DataError
 from forge_cli.parts.labels import IGNORED
 from forge_cli.results.ask import Asker
 from forge_cli.results.find import Run
+from forge_cli.results.rows import prepare_rows
 from forge_cli.run.answers import generate_answers
 from forge_cli.schema.runspec import RunSpec
 from forge_cli.units import GIB
@@ -72,7 +73,7 @@ def load_rows(asker: Asker, data: Path | None, limit: int | None, exact_match: b
         DataError: There are no such rows, or they cannot be used.
     """
     spec = asker.run.plan.spec
-    prepared = prepare_data(_choose_rows(asker, data), asker.tokenizer, say)
+    prepared = prepare_rows(asker.run, _choose_rows(asker, data), asker.tokenizer, say, data)
     split, report = prepared.eval, prepared.reports[-1]
     if report.rows_truncated or report.rows_dropped:
         left = f"{report.rows_truncated} are cut and {report.rows_dropped} left out"

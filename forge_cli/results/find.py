@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from forge_cli.errors import CheckpointError, ForgeError
+from forge_cli.errors import CheckpointError, ConfigError, ForgeError
 from forge_cli.resolve.plan import Plan, read_plan, resolve_plan
 from forge_cli.run.folder import ASKING_FILE, METRICS_FILE, PLAN_FILE, REPORT_FILE, RUN_FILE
 from forge_cli.run.resume import read_records
@@ -47,6 +47,14 @@ class Run:
     def records(self) -> list[dict]:
         """The lines of ``metrics.jsonl``; a last line that is half written is left out."""
         return read_records(self.path / METRICS_FILE)
+
+    @property
+    def home(self) -> Path:
+        """The folder that the run was started in, from which its plan's paths go; else the present one."""
+        home, place = (str(self.facts.get(name, "")) for name in ("started_in", "path"))
+        # Moved, the run may have taken its data along.
+        stayed = bool(home) and Path(home).is_dir() and place == str(self.path.resolve())
+        return Path(home) if stayed else Path.cwd()
 
     @property
     def kind(self) -> str:
@@ -98,13 +106,13 @@ def choose_run(path: Path | None = None, *, with_weights: bool = False) -> Run:
         with_weights: Of the newest runs, take one that has saved weights.
 
     Raises:
-        CheckpointError: There is none.
+        ConfigError: There is none.
     """
     if path is None:
         runs = list_runs()
         runs = [run for run in runs if run.kind] if with_weights else runs
         if not runs:
-            raise CheckpointError(
+            raise ConfigError(
                 "there is no run here" + (" that has saved weights" if with_weights else ""),
                 where=", ".join(str(one) for one in _usual_roots()),
                 fix="name a run folder, or start a run: forge train run.yaml",
@@ -114,7 +122,7 @@ def choose_run(path: Path | None = None, *, with_weights: bool = False) -> Run:
         if _is_there(place / RUN_FILE):
             return Run(place)
     names = [run.path.name for run in list_runs()]
-    raise CheckpointError(
+    raise ConfigError(
         f"this is no run folder: it has no {RUN_FILE}",
         where=str(path),
         fix=f"runs here: {', '.join(names[:8])}" if names else "name the folder of a run, as in runs/NAME",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from forge_cli.build.data import prepare_data
 from forge_cli.errors import ForgeError
 from forge_cli.parts.labels import IGNORED
 from forge_cli.parts.rendering import Renderer
 from forge_cli.results.find import Run
+from forge_cli.results.rows import prepare_rows
 from forge_cli.units import count_of
 
 NUM_TEXTS = 8
@@ -74,7 +74,7 @@ def collect_texts(run: Run, tokenizer) -> Texts:
 
 
 def _read_rows(run: Run, tokenizer) -> tuple[str, list[tuple[list[int], int]]]:
-    data = prepare_data(run.plan.spec, tokenizer)
+    data = prepare_rows(run, run.plan.spec, tokenizer)
     name, rows = ("evaluation", data.eval) if data.eval is not None else ("training", data.train)
     return name, [_cut(row) for row in itertools.islice(iter(rows), NUM_TEXTS)]
 

@@ -17,5 +17,10 @@ def working_on(run: Run) -> Iterator[None]:
     """
     prepare_process()
     log = run.path / "logs" / "results.log"
-    with translated_errors(log, lambda: "close what else uses this memory"), library_logs(log):
+    with (
+        translated_errors(
+            log, lambda: "close what else uses this memory", "make room, or write elsewhere with --output"
+        ),
+        library_logs(log),
+    ):
         yield

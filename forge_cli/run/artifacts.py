@@ -71,6 +71,8 @@ def _write_files(model, tokenizer, partial: Path, name: str, system_prompt: str 
         model.save_pretrained(partial, **_save_options(model))
     finally:
         model.config.use_cache = use_cache
+    # PEFT's is a form to fill in; `forge push` and `forge merge` write one that says something.
+    (partial / "README.md").unlink(missing_ok=True)
     faults.reach(f"export:{name}")
     tokenizer.save_pretrained(partial)
     _save_asking(model, tokenizer, partial, system_prompt)

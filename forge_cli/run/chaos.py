@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +100,14 @@ def inject_faults(
     settings = [*overrides, f"output_dir={folder}", f"training.max_steps={STEPS}", "report=null"]
     settings += [f"checkpoint={{save_steps: {SAVE_STEPS}, save_total_limit: 2}}"]
     say(f"undisturbed run of {STEPS} steps ...")
+    began = time.monotonic()
     code, log = _train(run_file, settings, folder, "undisturbed", {})
     if code:
         raise ModelError(
             f"the undisturbed run ends with exit code {code}", where=str(log), fix=f"make `forge train {run_file}` run"
         )
+    minutes = 2 * len(TRIALS) * (time.monotonic() - began) / 60
+    say(f"{len(TRIALS)} faults follow, each run gone on with to its end: about {max(1, round(minutes))} minutes")
     for number, trial in enumerate(TRIALS, 1):
         say(f"{number}/{len(TRIALS)} {trial.what} ({trial.fault}) ...")
         name = f"fault-{number:02d}"

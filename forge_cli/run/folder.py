@@ -135,7 +135,7 @@ def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: s
         name: Name in the run file.
         stem: Name to fall back on.
         plan_text: Content of ``plan.yaml``.
-        overwrite: Replace the earlier run of this name, if it is one.
+        overwrite: Replace the earlier run of this name (or of the file's), if it is one.
 
     Raises:
         MachineError: The run exists, or the folder cannot be made.
@@ -145,6 +145,7 @@ def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: s
         root.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as undo:
             with claiming(root):
+                name = name or (stem if overwrite else None)
                 replaced = _make_way(root / name, overwrite) if name else None
                 if replaced:
                     undo.callback(replaced.put_back)
@@ -154,7 +155,8 @@ def create_run_folder(output_dir: str, name: str | None, stem: str, plan_text: s
                 undo.callback(folder.lock.release)
             folder.log.parent.mkdir(mode=0o700)
             write_atomic(folder.plan, plan_text)
-            facts = {"run_id": folder.run_id, "created": datetime.now(UTC).isoformat(), "forge": __version__}
+            places = {"path": str(path.resolve()), "started_in": os.getcwd()}
+            facts = {"run_id": folder.run_id, "created": datetime.now(UTC).isoformat(), "forge": __version__, **places}
             write_atomic(path / RUN_FILE, json.dumps(facts, indent=1) + "\n")
             undo.pop_all()
     except OSError as error:

@@ -63,7 +63,7 @@ def launch(arguments: Sequence[str], num_processes: int) -> int:
         raise WorkerDied(
             f"process {first} of {num_processes} on {socket.gethostname()} was killed by {name_signal(-code)}",
             why="the others were ended; what is in the run folder is whole",
-            fix="go on with: forge resume RUN --num-processes " + str(num_processes),
+            fix="go on with: forge resume",
         )
     return 128 - code if code < 0 else code
 
@@ -75,6 +75,7 @@ def _start(arguments: Sequence[str], number: int, count: int, port: int) -> subp
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)),
         **os.environ,
         **{name: str(value) for name, value in ranks.items()},
+        "FORGE_LAUNCHED": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from forge_cli.paths import data_root
@@ -22,8 +23,11 @@ def suggest_next(spec: RunSpec, folder: Path, gpu_bytes: int) -> str:
         folder: The run folder.
         gpu_bytes: Memory of the GPU; 0 without one.
     """
-    if spec.model.name.casefold() != EMBEDDED_MODEL:
-        return f"less {folder / 'report.md'}   (it shows how to load the result)"
+    is_lesson = spec.model.name.casefold() == EMBEDDED_MODEL and "forge:" in str(spec.data.train)
+    if not is_lesson:
+        if spec.method == "reward":
+            return f"less {shlex.quote(str(folder / 'report.md'))}   (it shows how to load the result)"
+        return f"forge chat {shlex.quote(str(folder))}"
     recipes = {path.stem: path for path in (data_root() / "recipes").glob("*-7b*.yaml")}
     size = "80gb" if gpu_bytes > _BIG_GPU_BYTES else "24gb"
     kinds = (spec.preset, spec.method, _NEAREST.get(spec.method))

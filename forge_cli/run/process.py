@@ -158,12 +158,13 @@ def library_logs(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def translated_errors(log: Path, advise: Callable[[], str] = str) -> Iterator[None]:
+def translated_errors(log: Path, advise: Callable[[], str] = str, on_disk: str = "") -> Iterator[None]:
     """Turns memory, disk and interrupt failures into Forge's errors and writes every traceback to the log.
 
     Args:
         log: The log.
         advise: Writes what makes a run need less memory, or nothing; asked when memory ran out.
+        on_disk: What to do about a disk that takes nothing; by default resuming is named.
     """
     try:
         yield
@@ -194,7 +195,7 @@ def translated_errors(log: Path, advise: Callable[[], str] = str) -> Iterator[No
                 f"a file cannot be written or read: {reason}; {format_bytes(count_free_bytes(log))} are free",
                 where=str(getattr(error, "filename", None) or log.parent.parent),
                 why="checkpoints are untouched",
-                fix=f"make room, then: forge resume {log.parent.parent}; or set output_dir to another disk",
+                fix=on_disk or f"make room, then: forge resume {log.parent.parent}; or set output_dir to another disk",
             ) from error
         raise
 
@@ -208,7 +209,7 @@ def _find_lost_process(error: Exception) -> WorkerDied | None:
     if count_ranks() == 1 or not is_lost_process(error):
         return None
     return WorkerDied(
-        f"another process of the run has ended: {str(error).splitlines()[-1][:160]}",
+        "another process of the run has ended",
         why="no process can go on without the others; what is in the run folder is whole",
         fix="read what the other one said",
     )

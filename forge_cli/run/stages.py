@@ -98,7 +98,7 @@ def _prepare_rows(
     reporter.say(render_report(data.report))
     if (count := folder.rank.count) > 1:
         rows = count * plan.derived.effective_batch_size
-        reporter.say(f"{count} processes: {rows} rows a step, and 1/{count} of these steps")
+        reporter.say(f"{count} processes: {rows} rows a step in all, and so {count} times fewer steps")
     if point and folder.rank.is_main:
         for change in compare_data(folder.read_facts().get("data", {}), data.identity, how.allowed_changes):
             reporter.say(f"changed: {change}")
