@@ -123,7 +123,7 @@ def test_compare_shows_only_what_differs(workspace, tmp_path):
 
 
 def test_mistakes_are_explained(workspace):
-    assert "runs here: run, early" in forge("report", "nothing", cwd=workspace, code=13).stderr
+    assert "runs here: run, early" in forge("report", "nothing", cwd=workspace, code=2).stderr
     assert "two runs or more" in forge("runs", "compare", "run", cwd=workspace, code=2).stderr
     refused = forge("runs", "compare", "run", "early", "--output", "no/such/x.html", cwd=workspace, code=5).stderr
     assert "cannot be written" in refused

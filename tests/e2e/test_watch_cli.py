@@ -172,7 +172,7 @@ def test_once(workspace, finished, held):
     done = forge("watch", str(held), "--once", cwd=workspace)
     for expected in ("step    2/9  ", "0% of the roofline", "estimated 1.00 GiB"):
         assert expected in done.stdout
-    assert forge("watch", "nowhere", cwd=workspace).returncode == 13
+    assert forge("watch", "nowhere", cwd=workspace).returncode == 2
 
 
 def test_ctrl_c_ends_training_and_leaves_a_sane_terminal(workspace):
@@ -225,7 +225,7 @@ def test_a_run_that_dies_or_vanishes(workspace, held):
     assert view.returncode == 14 and b"ended at step 2 of 4, before it was finished; what it saved is whole" in err
     shutil.rmtree(held)
     done = forge("watch", str(held), cwd=workspace)
-    assert done.returncode == 13 and "no run folder" in done.stderr
+    assert done.returncode == 2 and "no run folder" in done.stderr
 
 
 def test_it_ends_when_nobody_reads(workspace, held):

@@ -124,7 +124,7 @@ def test_a_push_sends_listed_files_to_a_private_repository(workspace, hub):
     sent = {one["value"]["path"]: one["value"]["content"] for one in map(json.loads, lines) if one["key"] == "file"}
     adapter = workspace / "runs" / "lora" / "adapter"
     names = {one.name for one in adapter.iterdir()}
-    assert set(sent) == names
+    assert set(sent) == names | {"README.md"}
     weights = base64.b64decode(sent["adapter_model.safetensors"])
     assert weights == (adapter / "adapter_model.safetensors").read_bytes()
     everything = b"".join(base64.b64decode(one) for one in sent.values())

@@ -41,11 +41,11 @@ def test_without_a_preset_the_method_tells(method, name):
     assert suggest_next(resolve_mapping(settings).spec, Path("runs/x"), 0).startswith(f"forge recipes copy {name} ")
 
 
-def test_a_real_model_is_what_one_wanted_and_a_folders_name_stays(tmp_path):
+def test_after_ones_own_model_comes_a_conversation_and_a_folders_name_stays(tmp_path):
     data = {"train": "forge:quickstart/train"}
     spec = resolve_mapping({"model": {"name": "smollm2-135m"}, "data": data}).spec
     line = suggest_next(spec, Path("runs/forge-1"), 80 * GIB)
-    assert line == "less runs/forge-1/report.md   (it shows how to load the result)"
+    assert line == "forge chat runs/forge-1"
     report = {
         "losses": {"eval_before": None, "train_first": None},
         "exact_match_ratio": {"after": None},
@@ -59,5 +59,5 @@ def test_a_real_model_is_what_one_wanted_and_a_folders_name_stays(tmp_path):
         "samples": [],
         "weights": "adapter",
     }
-    shown = [render_summary({**report, "next": one}, tmp_path, ".venv/bin/forge") for one in (line, "forge recipes x")]
-    assert [one.splitlines()[-1].split(maxsplit=1)[1] for one in shown] == [line, ".venv/bin/forge recipes x"]
+    shown = [render_summary({**report, "next": one}, tmp_path, ".venv/bin/forge") for one in (line, "less x")]
+    assert [one.splitlines()[-1].split(maxsplit=1)[1] for one in shown] == [".venv/bin/" + line, "less x"]
