@@ -9,7 +9,7 @@ from forge_cli.cli.render import print_json, print_table
 from forge_cli.estimate.budget import Budget, Device, make_budget
 from forge_cli.estimate.devices import list_devices, smallest_that_fit
 from forge_cli.estimate.memory import CUBLAS_BYTES, INSTANTS, Instant, MemoryEstimate
-from forge_cli.units import format_bytes, format_duration
+from forge_cli.units import count_of, format_bytes, format_duration
 
 if TYPE_CHECKING:
     from forge_cli.estimate.advice import Advice
@@ -244,7 +244,7 @@ def _headline(plan: Plan) -> str:
     parts = [
         f"{spec.model.name}, {method}",
         f"{training.per_device_train_batch_size} x {spec.data.max_length} tokens",
-        f"{training.gradient_accumulation_steps} micro steps",
+        count_of(training.gradient_accumulation_steps, "micro step", "micro steps"),
         f"activation checkpointing {'on' if training.activation_checkpointing else 'off'}",
         training.optim,
     ]

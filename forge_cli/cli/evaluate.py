@@ -45,6 +45,14 @@ def evaluate(
     from forge_cli.results.find import choose_run
 
     chosen = choose_run(run, with_weights=True)
+    rows_of = chosen.plan.spec.data
+    if data is None and not wanted and rows_of.eval is rows_of.eval_fraction is rows_of.eval_rows is None:
+        raise DataError(
+            "this run has no evaluation rows",
+            where=str(chosen.path),
+            why="its plan names neither data.eval nor a share of the training rows",
+            fix=f"name rows: forge eval {chosen.path} --data FILE",
+        )
     load_libraries(chosen)
     from forge_cli.results.ask import Asker, asking
     from forge_cli.results.evaluate import list_weights, load_rows, measure, run_tasks

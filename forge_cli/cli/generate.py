@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from forge_cli.cli.chat import Base, MaxNewTokens, Raw, RunFolder, load_libraries, note, write
-from forge_cli.errors import MachineError
+from forge_cli.errors import DataError, MachineError
 from forge_cli.units import count_of
 
 
@@ -39,6 +39,8 @@ def generate(
         if output.is_dir() or not output.absolute().parent.is_dir():
             reason = "it is a folder" if output.is_dir() else "there is no such folder"
             raise MachineError(f"cannot be written: {reason}", where=str(output), fix="name a file in a folder")
+    if not prompts.is_file():
+        raise DataError("no such file", where=str(prompts), fix="name a file of prompts, as JSON lines or text")
     from forge_cli.results.find import choose_run
 
     chosen = choose_run(run, with_weights=True)

@@ -126,10 +126,13 @@ def _ask_rows(preset: str | None):
 
     _say("")
     _say("Which rows? A file of chats, instructions, pairs or text (.jsonl, .csv, ...).")
-    _say(f"Enter alone takes {QUICKSTART}: 280 rows that ship with Forge.")
+    found = sorted(one for kind in ("*.jsonl", "*.csv", "*.parquet") for one in Path().glob(kind))
+    proposed = str(found[0]) if len(found) == 1 else QUICKSTART
+    what = "the one here" if found and proposed != QUICKSTART else "280 rows that ship with Forge"
+    _say(f"Enter alone takes {proposed}: {what}.")
     while True:
         try:
-            return look_at_rows(_prompt("Rows", QUICKSTART), preset)
+            return look_at_rows(_prompt("Rows", proposed), preset)
         except ForgeError as error:
             _say_problems(error)
 

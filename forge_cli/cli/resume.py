@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,13 +32,16 @@ def resume(
     """Go on with a run from its newest checkpoint that is whole."""
     from forge_cli.cli.live import choose_reporter
     from forge_cli.cli.train import exit_code_of_stops, launch_processes, read_resuming, show_result
-    from forge_cli.results.find import choose_run
+    from forge_cli.results.find import Run, choose_run
     from forge_cli.run.execute import resume_run
     from forge_cli.run.ranks import read_rank
     from forge_cli.run.resume import read_num_processes
 
     run = run if run and run.is_dir() else choose_run(run).path
-
+    if (home := Run(run).home) != Path.cwd():
+        run = run.resolve()
+        os.chdir(home)  # the plan's paths start there
+        print(f"going on in {home}, where the run was started", file=sys.stderr)
     if read_rank().count == 1 and (count := num_processes or read_num_processes(run)) > 1:
         launch_processes(count)
     how = read_resuming(True, False, allow_change, require_latest, break_lock)

@@ -101,13 +101,6 @@ def _choose_rows(asker: Asker, data: Path | None) -> RunSpec:
         length = max(spec.data.max_length, asker.positions or 0)
         changes |= {"train": str(data), "eval": str(data), "eval_fraction": None, "eval_rows": None, "format": "auto"}
         changes |= {"max_length": length, "on_overlong": "truncate", "max_lost_ratio": 1.0}
-    elif spec.data.eval is None and spec.data.eval_fraction is None and spec.data.eval_rows is None:
-        raise DataError(
-            "this run has no evaluation rows",
-            where=str(asker.run.path),
-            why="its plan names neither data.eval nor a share of the training rows",
-            fix=f"name rows: forge eval {asker.run.path} --data FILE",
-        )
     elif spec.data.streaming:
         changes |= {"train": spec.data.eval}  # the training rows may outgrow the disk
     return spec.model_copy(update={"data": spec.data.model_copy(update=changes), "method": method, "report": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from forge_cli.units import format_bytes, format_duration
@@ -56,6 +57,8 @@ def render_summary(report: dict, folder: Path, program: str = "forge") -> str:
         lines += [f"  after   {_shorten(sample['after'])}", ""]
     lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {folder / _page(folder)}"]
     following = report["next"]
+    if following.startswith("forge recipes") and report.get("method", {}).get("name", "reward") != "reward":
+        lines.append(f"talk     {program} chat {shlex.quote(str(folder))}")
     if following.startswith("forge "):
         following = program + following.removeprefix("forge")
     return "\n".join([*lines, f"next     {following}"])

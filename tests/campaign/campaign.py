@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import time
@@ -39,31 +40,34 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(COMMANDS), help="names with commas between")
     parser.add_argument("--write", action="store_true", help="write what came out into docs/reliability.md")
     options = parser.parse_args()
-    rows, details, failed = [], [], 0
+    failed = 0
     for name in options.only.split(","):
         arguments, bar = COMMANDS[name]
-        script = HERE / arguments[0]
         began = time.monotonic()
-        command = [sys.executable, str(script), *arguments[1:]]
+        command = [sys.executable, str(HERE / arguments[0]), *arguments[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        seconds = time.monotonic() - began
         failed += done.returncode != 0
-        verdict = "held" if done.returncode == 0 else f"FAILED ({done.returncode})"
-        rows.append(f"| {bar} | `tests/campaign/{' '.join(arguments)}` | {verdict} | {seconds:.0f} |")
-        print(rows[-1], flush=True)
-        details.append(f"### {name}\n\n{keep_tables(done.stdout)}\n")
+        verdict = "held" if done.returncode == 0 else "NOT held"
+        place = f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, no GPU, {time.monotonic() - began:.0f} s"
+        text = f"`python tests/campaign/{' '.join(arguments)}` ({place}): {verdict}.\n\n{keep_tables(done.stdout)}"
+        print(f"### {name} (bar {bar})\n\n{text}\n", flush=True)
         if done.returncode:
             print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
-    head = f"Run of {datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} cores, no GPU.\n\n"
-    table = "| bar | command | verdict | seconds |\n|---|---|---|---|\n" + "\n".join(rows)
-    text = f"{head}{table}\n\n" + "\n".join(details)
-    print(f"\n{text}")
-    if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}", encoding="utf-8")
+        if options.write:
+            write_section(f"{name} (bar {bar})", text)
     return 1 if failed else 0
+
+
+def write_section(title: str, text: str) -> None:
+    """Replaces the section of one script on the page; those of the others stay."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    campaign, after = rest.split(END)
+    parts = re.split(r"^### (.+)$", campaign, flags=re.M)
+    sections = dict(zip(parts[1::2], parts[2::2], strict=True)) | {title: text}
+    body = "".join(f"### {name}\n\n{what.strip()}\n\n" for name, what in sections.items())
+    PAGE.write_text(f"{before}{BEGIN}\n\n{body}{END}{after}", encoding="utf-8")
 
 
 def keep_tables(output: str) -> str:
