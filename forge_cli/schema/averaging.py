@@ -31,7 +31,7 @@ class EmaSection(Section):
 
 
 class MonitorSection(Section):
-    """Gradient norms per layer group and alarms. Non-finite losses and gradients stop a run with or without it."""
+    """Gradient norms per layer group and alarms. Updates that are not finite are skipped with or without it."""
 
     gradients: bool = Field(default=True, description="Record gradient norms per layer group at every logging step.")
     spike_ratio: float = Field(
