@@ -36,6 +36,8 @@ def completion(
 
     if shell not in SCRIPTS:
         raise ConfigError(f"there is no completion for {shell}", fix="write one of bash, zsh and fish")
+    with contextlib.suppress(Exception):
+        _load_index()  # so that the first Tab does not wait for it
     if install:
         _install(shell, *SCRIPTS[shell])
     else:

@@ -99,11 +99,15 @@ class Scene:
     def go_on(self, run: Path) -> str:
         """Goes on with a run, or starts one again that had no checkpoint; says what is wrong with the result."""
         has_begun = (run / "run.json").exists() and list_state(run)[0] > 0
+        # The last moments of a process come after everything is written.
+        is_finished = has_begun and '"finished": true' in (run / "run.json").read_text()
         again = ["train", str(self.run_file), "--set", f"name={run.name}", "--overwrite"]
-        children = start(["resume", str(run)] if has_begun else again, self.root / f"{run.name}-again", **self.shared)
-        codes = wait(children)
-        if codes != [0, 0]:
-            return f"going on ends with {codes}\n{read_logs(children)}"
+        if not is_finished:
+            arguments = ["resume", str(run)] if has_begun else again
+            children = start(arguments, self.root / f"{run.name}-again", **self.shared)
+            codes = wait(children)
+            if codes != [0, 0]:
+                return f"going on ends with {codes}\n{read_logs(children)}"
         different = compare_runs(self.straight, run)
         last = max((self.straight / "checkpoints").glob("step-*")).name
         numbers = [(one / "checkpoints" / last / "rng-1.json").read_bytes() for one in (self.straight, run)]
