@@ -33,8 +33,10 @@ KINDS = {
 }
 
 
-def start(arguments: Sequence[str], log: Path, per_rank: Mapping[int, Mapping[str, str]] | None = None, **shared: str):
-    """Starts ``forge ARGUMENTS`` as two processes; returns both."""
+def start(
+    arguments: Sequence[str] | dict, log: Path, per_rank: Mapping[int, Mapping[str, str]] | None = None, **shared: str
+):
+    """Starts ``forge ARGUMENTS`` (the same for both, or by rank) as two processes; returns both."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
@@ -44,7 +46,8 @@ def start(arguments: Sequence[str], log: Path, per_rank: Mapping[int, Mapping[st
         environment = (
             {name: str(value) for name, value in place.items()} | shared | dict((per_rank or {}).get(rank, {}))
         )
-        children.append(forkserver.start(arguments, log.with_suffix(f".{rank}.log"), environment))
+        own = arguments[rank] if isinstance(arguments, dict) else arguments
+        children.append(forkserver.start(own, log.with_suffix(f".{rank}.log"), environment))
     return children
 
 
@@ -185,7 +188,15 @@ def break_things(scene: Scene, is_short: bool = False) -> tuple[list[list], list
         good &= name != "one hangs" or stacks == ["stacks-1.txt", "stacks.txt"]
         rows.append([name, str(wanted), str(codes), "yes" if good else "NO", f"{seconds:.1f}"])
         faults += [] if good else [f"{name}: {codes}, stacks {stacks}\n{logs}"]
-    return rows, faults
+    command = ["train", str(scene.run_file), "--set", "name=differ"]
+    began = time.monotonic()
+    children = start(
+        {0: command, 1: [*command, "--set", "training.learning_rate=0.002"]}, scene.root / "differ", **scene.shared
+    )
+    codes = wait(children)
+    good = codes == [5, 5] and "the processes differ in the plan" in read_logs(children)
+    rows.append(["plans differ", "[5, 5]", str(codes), "yes" if good else "NO", f"{time.monotonic() - began:.1f}"])
+    return rows, faults + ([] if good else [f"plans differ: {codes}\n{read_logs(children)}"])
 
 
 def main() -> None:
