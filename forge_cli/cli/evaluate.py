@@ -45,14 +45,8 @@ def evaluate(
     from forge_cli.results.find import choose_run
 
     chosen = choose_run(run, with_weights=True)
-    rows_of = chosen.plan.spec.data
-    if data is None and not wanted and rows_of.eval is rows_of.eval_fraction is rows_of.eval_rows is None:
-        raise DataError(
-            "this run has no evaluation rows",
-            where=str(chosen.path),
-            why="its plan names neither data.eval nor a share of the training rows",
-            fix=f"name rows: forge eval {chosen.path} --data FILE",
-        )
+    if data is None and not wanted:
+        _need_rows(chosen)
     load_libraries(chosen)
     from forge_cli.results.ask import Asker, asking
     from forge_cli.results.evaluate import list_weights, load_rows, measure, run_tasks
@@ -79,6 +73,22 @@ def evaluate(
         _print_tasks(measured)
     else:
         _print_losses(measured, rows)
+
+
+def _need_rows(run) -> None:
+    """Refuses a run that holds no rows back, before its model is loaded.
+
+    Raises:
+        DataError: Names what to do instead.
+    """
+    data = run.plan.spec.data
+    if data.eval is data.eval_fraction is data.eval_rows is None:
+        raise DataError(
+            "this run has no evaluation rows",
+            where=str(run.path),
+            why="its plan names neither data.eval nor a share of the training rows",
+            fix=f"name rows: forge eval {run.path} --data FILE",
+        )
 
 
 def _read_tasks(tasks: str | None) -> list[str]:

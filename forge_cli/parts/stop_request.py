@@ -35,11 +35,13 @@ class StopRequest:
         signal_number: Signal that asked for the end, or 0.
         wants_save: A checkpoint is wanted at the next step.
         is_deferred: The end waits for a good moment: training looks after every step.
+        is_over: Everything is written, or the first process writes it: a signal ends nothing any more.
     """
 
     signal_number: int = 0
     wants_save: bool = False
     is_deferred: bool = False
+    is_over: bool = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

@@ -63,6 +63,9 @@ class SignalListener:
         if number == getattr(signal, "SIGUSR1", None) and not self.stop_on_usr1:
             request.wants_save = True
             return
+        if request.is_over:
+            request.signal_number = request.signal_number or number
+            return
         is_repeated = bool(request.signal_number) and time.monotonic() - self._asked_at < REPEAT_SECONDS
         self._num_interrupts += number == signal.SIGINT
         request.signal_number = request.signal_number or number

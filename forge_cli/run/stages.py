@@ -64,6 +64,7 @@ def train_in_stages(
     reporter.say(examination.announce("after"))
     after = examination.answer(trainer.model)
     if not folder.rank.is_main:
+        stop.is_over = True
         wait_for_all()  # a signal has to find all of them, until the first one has written everything
         return RunResult(folder.path, folder.path / weights_name(trainer.model), {})
     weights = _save(trainer.model, tokenizer, folder, trainer.ema, data.report.system_prompt)
@@ -82,6 +83,7 @@ def train_in_stages(
         exact_match_after=examination.exact_match_ratio(after),
     )
     report = write_report(findings, folder)
+    stop.is_over = True
     wait_for_all()
     return RunResult(folder.path, weights, report)
 
