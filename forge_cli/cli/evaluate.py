@@ -42,11 +42,11 @@ def evaluate(
     if data is not None and not data.is_file():
         raise DataError("no such file", where=str(data))
     wanted = _read_tasks(tasks)
-    from forge_cli.results.find import choose_run
+    from forge_cli.results.find import check_eval_rows, choose_run
 
     chosen = choose_run(run, with_weights=True)
     if data is None and not wanted:
-        _need_rows(chosen)
+        check_eval_rows(chosen)
     load_libraries(chosen)
     from forge_cli.results.ask import Asker, asking
     from forge_cli.results.evaluate import list_weights, load_rows, measure, run_tasks
@@ -73,22 +73,6 @@ def evaluate(
         _print_tasks(measured)
     else:
         _print_losses(measured, rows)
-
-
-def _need_rows(run) -> None:
-    """Refuses a run that holds no rows back, before its model is loaded.
-
-    Raises:
-        DataError: Names what to do instead.
-    """
-    data = run.plan.spec.data
-    if data.eval is data.eval_fraction is data.eval_rows is None:
-        raise DataError(
-            "this run has no evaluation rows",
-            where=str(run.path),
-            why="its plan names neither data.eval nor a share of the training rows",
-            fix=f"name rows: forge eval {run.path} --data FILE",
-        )
 
 
 def _read_tasks(tasks: str | None) -> list[str]:

@@ -17,7 +17,7 @@ from forge_cli.data.reading import BadRow, find_files, read_file
 from forge_cli.errors import DataError
 from forge_cli.parts.labels import IGNORED
 from forge_cli.results.ask import Asker
-from forge_cli.results.find import Run
+from forge_cli.results.find import Run, check_eval_rows
 from forge_cli.results.rows import prepare_rows
 from forge_cli.run.answers import generate_answers
 from forge_cli.schema.runspec import RunSpec
@@ -101,7 +101,9 @@ def _choose_rows(asker: Asker, data: Path | None) -> RunSpec:
         length = max(spec.data.max_length, asker.positions or 0)
         changes |= {"train": str(data), "eval": str(data), "eval_fraction": None, "eval_rows": None, "format": "auto"}
         changes |= {"max_length": length, "on_overlong": "truncate", "max_lost_ratio": 1.0}
-    elif spec.data.streaming:
+    else:
+        check_eval_rows(asker.run)
+    if data is None and spec.data.streaming:
         changes |= {"train": spec.data.eval}  # the training rows may outgrow the disk
     return spec.model_copy(update={"data": spec.data.model_copy(update=changes), "method": method, "report": None})
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from forge_cli.errors import CheckpointError, ConfigError, ForgeError
+from forge_cli.errors import CheckpointError, ConfigError, DataError, ForgeError
 from forge_cli.resolve.plan import Plan, read_plan, resolve_plan
 from forge_cli.run.folder import ASKING_FILE, METRICS_FILE, PLAN_FILE, REPORT_FILE, RUN_FILE
 from forge_cli.run.resume import read_records
@@ -127,6 +127,22 @@ def choose_run(path: Path | None = None, *, with_weights: bool = False) -> Run:
         where=str(path),
         fix=f"runs here: {', '.join(names[:8])}" if names else "name the folder of a run, as in runs/NAME",
     )
+
+
+def check_eval_rows(run: Run) -> None:
+    """Refuses a run that holds no rows back.
+
+    Raises:
+        DataError: Names what to do instead.
+    """
+    data = run.plan.spec.data
+    if data.eval is data.eval_fraction is data.eval_rows is None:
+        raise DataError(
+            "this run has no evaluation rows",
+            where=str(run.path),
+            why="its plan names neither data.eval nor a share of the training rows",
+            fix=f"name rows: forge eval {run.path} --data FILE",
+        )
 
 
 def _usual_roots() -> Iterator[Path]:
