@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -83,7 +84,13 @@ def converse(arguments: list[str], cwd: Path, steps: list[tuple[bytes, bytes]]) 
                 if select.select([ours], [], [], 0.1)[0]:
                     shown += os.read(ours, 65536)
             os.write(ours, send)
-        code = process.wait(60)
+        # readline looks for signals when a key comes: one that strikes while it shows its prompt waits for the next.
+        for _ in range(4):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+                break
+            os.write(ours, send)
+        code = process.wait(1)
         while select.select([ours], [], [], 0.1)[0]:
             shown += os.read(ours, 65536)
         return code, shown.decode(), termios.tcgetattr(theirs) == before
