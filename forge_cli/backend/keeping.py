@@ -89,7 +89,8 @@ class KeptTrainer(Trainer):
         """
         if count_ranks() == 1:
             return
-        sums = gather([p.detach().double().sum().item() for p in list_trained(self.model).values()])
+        own = torch.stack([p.detach().double().sum() for p in list_trained(self.model).values()]).tolist()
+        sums = gather(own)
         if different := [rank for rank, theirs in enumerate(sums) if theirs != sums[0]]:
             raise ModelError(
                 f"after step {self.state.global_step} process {different[0]} holds other weights than process 0",

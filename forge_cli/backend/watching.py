@@ -133,7 +133,7 @@ class WatchedTrainer(SplittingTrainer, GuardedTrainer, StoppableTrainer):
             return super().get_eval_dataloader(eval_dataset)
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         size, count = self.args.per_device_eval_batch_size, self.args.world_size
-        batches = [list(range(len(dataset)))[start : start + size] for start in range(0, len(dataset), size)]
+        batches = [list(range(len(dataset))[start : start + size]) for start in range(0, len(dataset), size)]
         own = batches[self.args.process_index :: count] if self.shards_evaluation else batches
         self._num_eval_batches = len(own)
         if self.shards_evaluation and len(own) < -(-len(batches) // count):

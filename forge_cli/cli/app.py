@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from forge_cli.cli.group import LazyGroup, build_command, build_group
-from forge_cli.errors import ForgeError, Problem
+from forge_cli.errors import ConfigError, ForgeError, Problem, Stopped, WorkerDied
 from forge_cli.version import __version__
 
 # Each module holds FUNCTIONS, from command name to function. It is imported when its command is called, so that
@@ -168,8 +168,8 @@ def _report_failure(error: Exception, debug: bool) -> int:
 
 def _is_for_one(error: ForgeError) -> bool:
     """Tells whether all processes of a run meet a failure, or only see another's, so that one of them says it."""
-    is_seen = error.exit_code == 14 and "FORGE_LAUNCHED" in os.environ
-    return error.exit_code == 2 or error.exit_code > 128 or is_seen
+    is_seen = isinstance(error, WorkerDied) and "FORGE_LAUNCHED" in os.environ
+    return isinstance(error, (ConfigError, Stopped)) or is_seen
 
 
 def _print_problem(problem: Problem, speaker: str = "") -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from forge_cli.cli.chat import RunFolder
+from forge_cli.cli.render import note, print_json
+
 
 def average(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Run folder; default: the newest.", show_default=False)
-    ] = None,
+    run: RunFolder = None,
     last: Annotated[int, typer.Option("--last", metavar="N", min=2, help="How many of the newest checkpoints.")] = 3,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write.", show_default="RUN/KIND-average")
@@ -20,21 +20,14 @@ def average(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Average the newest checkpoints of a run, and compare the average with the last of them."""
-    from forge_cli.cli.render import print_json
     from forge_cli.results.find import choose_run
-
-    chosen = choose_run(run, with_weights=True)
     from forge_cli.results.session import working_on
 
-    def say(text: str) -> None:
-        from forge_cli.redaction import printable
-
-        print(printable(text), file=sys.stderr, flush=True)
-
+    chosen = choose_run(run, with_weights=True)
     with working_on(chosen):
         from forge_cli.results.average import average_run
 
-        result = average_run(chosen, last, output, say)
+        result = average_run(chosen, last, output, note)
     print_json(result) if as_json else print("\n".join(describe_average(result)))
 
 

@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from forge_cli.cli.render import note
+
 RunFolder = Annotated[
     Path | None,
     typer.Argument(metavar="[RUN]", help="Run folder; the newest one with weights if left out.", show_default=False),
@@ -45,17 +47,18 @@ def chat(
     """
     if top_p is not None and not temperature:
         raise typer.BadParameter("--top-p narrows what is drawn from: give --temperature as well")
+    from forge_cli.errors import DataError, ModelError
     from forge_cli.results.find import choose_run
+    from forge_cli.results.session import asking
 
     chosen = choose_run(run, with_weights=True)
-    load_libraries(chosen)
-    from forge_cli.errors import DataError, ModelError
-    from forge_cli.parts.turns import RowError
-    from forge_cli.results.ask import Asker, Style, asking, seed_drawing
-    from forge_cli.results.chat import Chat
-
+    note(f"loading {chosen.path} ...")
     is_live = sys.stdin.isatty()
     with asking(chosen, note):
+        from forge_cli.parts.turns import RowError
+        from forge_cli.results.ask import Asker, Style, seed_drawing
+        from forge_cli.results.chat import Chat
+
         asker = Asker(chosen, "raw" if raw else "ema")
         if system is not None:
             try:
@@ -71,16 +74,6 @@ def chat(
                 break
     if talk.num_unanswered and not is_live:
         raise DataError(f"{talk.num_unanswered} of the lines got no answer", where="stdin", fix="see the notes above")
-
-
-def load_libraries(run) -> None:
-    """Imports torch and its company; what they say on the way goes to the run's log."""
-    note(f"loading {run.path} ...")
-    from forge_cli.run.process import library_logs, prepare_process
-
-    prepare_process()
-    with library_logs(run.path / "logs" / "results.log"):
-        import forge_cli.results.load  # noqa: F401
 
 
 def _introduce(talk, raw: bool, is_live: bool) -> None:
@@ -121,13 +114,6 @@ def write(text: str) -> None:
     from forge_cli.redaction import printable_lines
 
     print(printable_lines(text) if sys.stdout.isatty() else text, end="", flush=True)
-
-
-def note(text: str) -> None:
-    """Writes a line that is no result."""
-    from forge_cli.redaction import printable_lines
-
-    print(printable_lines(text), file=sys.stderr, flush=True)
 
 
 FUNCTIONS = {"chat": chat}

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from forge_cli.cli.chat import Raw, RunFolder, load_libraries, note
-from forge_cli.cli.render import print_json, print_table
+from forge_cli.cli.chat import Raw, RunFolder
+from forge_cli.cli.render import note, print_json, print_table
 from forge_cli.errors import DataError, MachineError
 
 _NAMES = {"ema": "averaged (EMA)", "raw": "raw"}
@@ -43,16 +43,17 @@ def evaluate(
         raise DataError("no such file", where=str(data))
     wanted = _read_tasks(tasks)
     from forge_cli.results.find import check_eval_rows, choose_run
+    from forge_cli.results.session import asking
 
     chosen = choose_run(run, with_weights=True)
     if data is None and not wanted:
         check_eval_rows(chosen)
-    load_libraries(chosen)
-    from forge_cli.results.ask import Asker, asking
-    from forge_cli.results.evaluate import list_weights, load_rows, measure, run_tasks
-
+    note(f"loading {chosen.path} ...")
     measured, rows = [], None
     with asking(chosen, note, needs_hub=bool(wanted)):
+        from forge_cli.results.ask import Asker
+        from forge_cli.results.evaluate import list_weights, load_rows, measure, run_tasks
+
         weights = list_weights(chosen, raw=raw)
         asker = Asker(chosen, weights[0])
         note(f"{chosen.path}: {chosen.plan.spec.model.name}; {asker.loaded.compute.device_name}")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from forge_cli.cli.chat import RunFolder
+from forge_cli.cli.render import note, print_json
+
 
 def export(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Run folder; default: the newest.", show_default=False)
-    ] = None,
+    run: RunFolder = None,
     gguf: Annotated[Literal["q8_0", "f16", "bf16", "f32"], typer.Option("--gguf", help="Number format.")] = "q8_0",
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="File.", show_default="RUN/gguf/NAME-FORMAT.gguf")
@@ -27,19 +27,14 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
 ) -> None:
     """Write a GGUF file of a run, read it back, and compare prompts and answers."""
-    from forge_cli.cli.render import print_json
     from forge_cli.results.find import choose_run
-
-    chosen = choose_run(run, with_weights=True)
     from forge_cli.results.session import working_on
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
+    chosen = choose_run(run, with_weights=True)
     with working_on(chosen):
         from forge_cli.results.export import export_run
 
-        result = export_run(chosen, gguf, output, converter=converter, say=say)
+        result = export_run(chosen, gguf, output, converter=converter, say=note)
     print_json(result) if as_json else print("\n".join(describe_export(result)))
 
 

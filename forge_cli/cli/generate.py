@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from forge_cli.cli.chat import Base, MaxNewTokens, Raw, RunFolder, load_libraries, note, write
+from forge_cli.cli.chat import Base, MaxNewTokens, Raw, RunFolder, write
+from forge_cli.cli.render import note
 from forge_cli.errors import DataError, MachineError
 from forge_cli.units import count_of
 
@@ -42,14 +43,15 @@ def generate(
     if not prompts.is_file():
         raise DataError("no such file", where=str(prompts), fix="name a file of prompts, as JSON lines or text")
     from forge_cli.results.find import choose_run
-
-    chosen = choose_run(run, with_weights=True)
-    load_libraries(chosen)
-    from forge_cli.results.ask import Asker, asking
-    from forge_cli.results.prompts import answer_prompts, read_prompts
+    from forge_cli.results.session import asking
     from forge_cli.run.folder import write_atomic
 
+    chosen = choose_run(run, with_weights=True)
+    note(f"loading {chosen.path} ...")
     with asking(chosen, note):
+        from forge_cli.results.ask import Asker
+        from forge_cli.results.prompts import answer_prompts, read_prompts
+
         asker = Asker(chosen, "raw" if raw else "ema")
         note(asker.describe(base))
         asked = read_prompts(prompts, asker, max_new_tokens)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from forge_cli.cli.chat import RunFolder
+from forge_cli.cli.render import note, print_json
+
 
 def merge(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Run folder; default: the newest.", show_default=False)
-    ] = None,
+    run: RunFolder = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="DIR", help="Folder to write.", show_default="RUN/merged")
     ] = None,
@@ -28,20 +28,15 @@ def merge(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
 ) -> None:
     """Merge a run's adapter into its base, and compare the written model with both."""
-    from forge_cli.cli.render import print_json
     from forge_cli.results.find import choose_run
-
-    chosen = choose_run(run, with_weights=True)
     from forge_cli.results.session import working_on
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
+    chosen = choose_run(run, with_weights=True)
     with working_on(chosen):
         from forge_cli.results.merge import merge_run
 
         proof = merge_run(
-            chosen, output, which="raw" if raw else "ema", dtype=dtype, most_difference=max_difference, say=say
+            chosen, output, which="raw" if raw else "ema", dtype=dtype, most_difference=max_difference, say=note
         )
     print_json(proof) if as_json else print("\n".join(describe_merge(proof)))
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from forge_cli.cli.chat import RunFolder
+from forge_cli.cli.render import note, print_json
+
 
 def push(
-    run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Run folder; default: the newest.", show_default=False)
-    ] = None,
+    run: RunFolder = None,
     repo: Annotated[
         str, typer.Option("--repo", metavar="USER/NAME", help="Repository; made if need be.", show_default=False)
     ] = ...,
@@ -22,18 +21,14 @@ def push(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Upload a run's weights, tokenizer and model card to the hub."""
-    from forge_cli.cli.render import print_json
     from forge_cli.results.find import choose_run
     from forge_cli.results.session import working_on
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
     chosen = choose_run(run, with_weights=True)
     with working_on(chosen):
         from forge_cli.results.push import push_run
 
-        result = push_run(chosen, repo, public=public, merged=merged, dry_run=dry_run, say=say)
+        result = push_run(chosen, repo, public=public, merged=merged, dry_run=dry_run, say=note)
     print_json(result) if as_json else _print_result(result)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 
@@ -32,3 +33,10 @@ def print_json(value: Any) -> None:
     import json
 
     print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def note(text: str) -> None:
+    """Writes a line that is no result."""
+    from forge_cli.redaction import printable_lines
+
+    print(printable_lines(text), file=sys.stderr, flush=True)

@@ -145,14 +145,13 @@ def _describe_state(path: Path, sight, silent_seconds: float) -> str:
 
 def _say_verdict(path: Path) -> list[str]:
     from forge_cli.results.find import Run
-    from forge_cli.run.summary import verdict
+    from forge_cli.run.summary import find_page, verdict
 
     try:
         lines = verdict(Run(path).report)
     except (KeyError, TypeError):
         lines = ["it is finished, and its report.json cannot be read"]
-    page = path / "report.html"
-    return ["", *lines, f"report   {page if page.exists() else path / 'report.md'}"]
+    return ["", *lines, f"report   {find_page(path)}"]
 
 
 def _refuse(path: Path, sight, progress):

@@ -27,6 +27,7 @@ from forge_cli.errors import DataError
 from forge_cli.parts.turns import RowError
 from forge_cli.schema.data import DataSection, Source
 
+_METHODS = {"preference": "dpo", "unpaired_preference": "kto"}
 # Kinds of file whose columns have one shape for all rows.
 COLUMN_KINDS = frozenset({"parquet", "arrow", "hub"})
 
@@ -36,6 +37,13 @@ class Place(NamedTuple):
 
     base: int
     file: DataFile
+
+
+def find_method(path: str) -> str:
+    """Tells from the first row that can be read which method trains such rows: ``sft``, ``dpo`` or ``kto``."""
+    rows = (row for file in find_files(path) for row in read_file(file) if isinstance(row, Row))
+    first = next(rows, None)
+    return _METHODS.get(find_kind(tuple(first.values)) or "", "sft") if first else "sft"
 
 
 def find_place(places: Sequence[Place], row: int, column: int = 0) -> str:

@@ -85,12 +85,6 @@ def _meet_at_store(number: int, count: int) -> distributed.Store:
     return store
 
 
-def leave_ranks() -> None:
-    """Parts from the other processes."""
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 def is_lost_process(error: Exception) -> bool:
     """Tells whether an exception of a collective call says that another process is gone."""
     text = str(error)

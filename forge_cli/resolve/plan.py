@@ -116,19 +116,10 @@ def _resolve(document: Document, overrides: Sequence[str], *, is_past: bool = Fa
     model_error: ForgeError | None = None
     facts = None
     if spec is not None:
-        try:
-            facts = _find_facts(spec, layers)
-        except ForgeError as error:
-            model_error = error
-            problems.extend([] if is_past else _locate(error, layers, "model.name"))
-        if spec.model.adapter and not is_past and "model.adapter" not in layers.broken:
-            try:
-                check_adapter_weights(spec.model.adapter, facts)
-            except ForgeError as error:
-                model_error = model_error or error
-                problems.extend(_locate(error, layers, "model.adapter"))
+        facts, found, model_error = _look_at_model(spec, layers)
         scene = Scene(spec, facts, layers)
-        problems.extend([] if is_past else find_contradictions(scene))
+        if not is_past:
+            problems += [*found, *find_contradictions(scene)]
     if problems or spec is None:
         # A broken model folder alone keeps its own exit code.
         kind = type(model_error) if model_error and len(problems) == len(model_error.problems) else ConfigError
@@ -137,6 +128,23 @@ def _resolve(document: Document, overrides: Sequence[str], *, is_past: bool = Fa
         {path: tuple(_freeze(one) for one in origins) for path, origins in layers.history.items()}
     )
     return Plan(spec, facts, _derive(scene), history, spec_digest(spec), document.file)
+
+
+def _look_at_model(spec: RunSpec, layers: Layers) -> tuple[ModelFacts | None, list[Problem], ForgeError | None]:
+    """Returns the model's facts, what is wrong with it and its adapter, and the first error of these."""
+    facts, problems, first = None, [], None
+    try:
+        facts = _find_facts(spec, layers)
+    except ForgeError as error:
+        first = error
+        problems += _locate(error, layers, "model.name")
+    if spec.model.adapter and "model.adapter" not in layers.broken:
+        try:
+            check_adapter_weights(spec.model.adapter, facts)
+        except ForgeError as error:
+            first = first or error
+            problems += _locate(error, layers, "model.adapter")
+    return facts, problems, first
 
 
 def _build_spec(layers: Layers, problems: list[Problem]) -> RunSpec | None:

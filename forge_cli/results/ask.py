@@ -14,12 +14,10 @@ from transformers import set_seed
 from transformers.generation.streamers import BaseStreamer
 
 from forge_cli.build.model import load_model
-from forge_cli.data.hub import hub_or_copies
 from forge_cli.parts.rendering import Renderer
 from forge_cli.parts.turns import RowError
 from forge_cli.results.find import Run
 from forge_cli.results.load import load_run
-from forge_cli.results.session import working_on
 
 Turn = dict[str, str]
 # Share of the positions that an answer gets before old turns are kept.
@@ -55,13 +53,6 @@ class Fitted(NamedTuple):
     ids: list[int]
     num_dropped: int
     num_free: int | None
-
-
-@contextlib.contextmanager
-def asking(run: Run, note: Callable[[str], None], *, needs_hub: bool = False) -> Iterator[None]:
-    """Prepares the process; the hub is asked once, and only if the run or the caller needs it."""
-    with working_on(run), contextlib.nullcontext() if needs_hub else hub_or_copies(run.plan.spec, note):
-        yield
 
 
 class Asker:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, verify
 from forge_cli.errors import CheckpointError, ForgeError, MachineError
-from forge_cli.parts.labels import IGNORED
 from forge_cli.parts.state import find_non_finite
 from forge_cli.results.card import write_card
+from forge_cli.results.evaluate import Row, measure_loss
 from forge_cli.results.find import Run
 from forge_cli.results.load import LoadedRun, load_run
 from forge_cli.results.rows import prepare_rows
@@ -20,7 +20,6 @@ from forge_cli.run.artifacts import save_weights
 from forge_cli.run.folder import RunFolder
 
 _WEIGHTS_FILE = "weights.safetensors"
-_BATCH_TOKENS = 2048
 
 
 def average_run(
@@ -56,10 +55,10 @@ def average_run(
     if rows:
         say(f"evaluating on {len(rows)} rows ...")
         _put(loaded.model, newest)
-        losses = {"last": measure_loss(loaded, rows)}
+        losses = {"last": _measure(loaded, rows)}
     _put(loaded.model, mean)
     if losses is not None:
-        losses["average"] = measure_loss(loaded, rows)
+        losses["average"] = _measure(loaded, rows)
     target = output or run.path / f"{run.kind}-average"
     # Saving asks a run folder for its path alone; the run itself is over, and its lock is not needed.
     place = RunFolder(target.parent, str(run.facts.get("run_id", "")), lock=None)
@@ -136,7 +135,7 @@ def _put(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         place.copy_(tensor)
 
 
-def _read_rows(run: Run, loaded: LoadedRun, say: Callable[[str], None]) -> list[dict]:
+def _read_rows(run: Run, loaded: LoadedRun, say: Callable[[str], None]) -> list[Row]:
     """Reads the evaluation rows of supervised fine-tuning; none for other methods and without such rows."""
     if run.plan.spec.method != "sft":
         say(f"note: not evaluated: the loss of {run.plan.spec.method} is not measured here")
@@ -149,39 +148,9 @@ def _read_rows(run: Run, loaded: LoadedRun, say: Callable[[str], None]) -> list[
     if rows is None:
         say("note: not evaluated: the run has no evaluation rows")
         return []
-    return sorted(({"ids": r["input_ids"], "labels": r["labels"]} for r in rows), key=lambda row: len(row["ids"]))
+    return sorted((Row(one["input_ids"], one["labels"]) for one in rows), key=lambda row: -len(row.ids))
 
 
-@torch.inference_mode()
-def measure_loss(loaded: LoadedRun, rows: list[dict]) -> float:
-    """Returns the mean loss of all trained tokens of rows, in nats, as the run's own evaluation weighs them."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    device = loaded.compute.device
-    for batch in _batch(rows):
-        ids, labels, seen = (_pad(batch, key, value) for key, value in (("ids", 0), ("labels", IGNORED), (None, 0)))
-        with loaded.autocast():
-            logits = loaded.model(input_ids=ids.to(device), attention_mask=seen.to(device), use_cache=False).logits
-        targets = labels[:, 1:].to(device)
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="sum"
-        )
-        total += losses.cpu().double()
-        count += int((targets != IGNORED).sum())
-    return (total / count).item()
-
-
-def _batch(rows: list[dict]) -> Iterator[list[dict]]:
-    batch: list[dict] = []
-    for row in rows:  # sorted by length: the new row is the longest
-        if batch and (len(batch) + 1) * len(row["ids"]) > _BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(row)
-    yield batch
-
-
-def _pad(batch: list[dict], key: str | None, value: int) -> torch.Tensor:
-    """Pads on the right to ``[rows, longest]``; without a key it gives the attention mask."""
-    longest = max(len(row["ids"]) for row in batch)
-    values = [row[key] if key else [1] * len(row["ids"]) for row in batch]
-    return torch.tensor([[*one, *[value] * (longest - len(one))] for one in values])
+def _measure(loaded: LoadedRun, rows: list[Row]) -> float:
+    with loaded.autocast():
+        return measure_loss(loaded.model, rows, loaded.tokenizer.pad_token_id)

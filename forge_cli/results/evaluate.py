@@ -12,8 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from forge_cli.build.data import Question
-from forge_cli.data.formats import find_kind
-from forge_cli.data.reading import BadRow, find_files, read_file
+from forge_cli.data.scan import find_method
 from forge_cli.errors import DataError
 from forge_cli.parts.labels import IGNORED
 from forge_cli.results.ask import Asker
@@ -23,7 +22,6 @@ from forge_cli.run.answers import generate_answers
 from forge_cli.schema.runspec import RunSpec
 from forge_cli.units import GIB
 
-_METHODS = {"preference": "dpo", "unpaired_preference": "kto"}
 _MOST_ROWS = 32
 Say = Callable[[str], None]
 
@@ -96,24 +94,16 @@ def _choose_rows(asker: Asker, data: Path | None) -> RunSpec:
     spec, changes = asker.run.plan.spec, {"packing": False, "padding_free": False, "streaming": False}
     method = spec.method
     if data is not None:
-        method = _find_method(data)
+        method = find_method(str(data))
         # There is a limit of the model's and none of the run's: what is longer is measured as far as it goes.
         length = max(spec.data.max_length, asker.positions or 0)
         changes |= {"train": str(data), "eval": str(data), "eval_fraction": None, "eval_rows": None, "format": "auto"}
         changes |= {"max_length": length, "on_overlong": "truncate", "max_lost_ratio": 1.0}
     else:
         check_eval_rows(asker.run)
-    if data is None and spec.data.streaming:
-        changes |= {"train": spec.data.eval}  # the training rows may outgrow the disk
+        if spec.data.streaming:
+            changes |= {"train": spec.data.eval}  # the training rows may outgrow the disk
     return spec.model_copy(update={"data": spec.data.model_copy(update=changes), "method": method, "report": None})
-
-
-def _find_method(data: Path) -> str:
-    """Tells from a file's first row which method reads such rows."""
-    first = next(
-        (row for file in find_files(str(data)) for row in read_file(file) if not isinstance(row, BadRow)), None
-    )
-    return _METHODS.get(find_kind(list(first.values)) or "", "sft") if first else "sft"
 
 
 def _read_row(columns: dict) -> Row | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import NamedTuple
 from forge_cli.checkpoints.lock import find_holder
 from forge_cli.results.find import Run
 from forge_cli.run.folder import METRICS_FILE
+from forge_cli.run.resume import parse_record
 
 _KEPT_BYTES = 64
 
@@ -95,7 +95,7 @@ class Tail:
         if mark:
             self._offset += len(whole) + 1
             self._last = (self._last + whole + mark)[-_KEPT_BYTES:]
-        return is_other, [record for line in whole.splitlines() if (record := _read_line(line)) is not None]
+        return is_other, [record for line in whole.splitlines() if (record := parse_record(line)) is not None]
 
     def _continues(self, file) -> bool:
         """Tells whether what was read last is still there; a file may be cut and written again in place."""
@@ -105,11 +105,3 @@ class Tail:
     def _forget(self) -> bool:
         was_there, self._offset, self._last = self._offset > 0, 0, b""
         return was_there
-
-
-def _read_line(line: bytes) -> dict | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from forge_cli.data.hub import hub_or_copies
 from forge_cli.results.find import Run
 from forge_cli.run.process import library_logs, prepare_process, translated_errors
 
@@ -23,4 +24,11 @@ def working_on(run: Run) -> Iterator[None]:
         ),
         library_logs(log),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def asking(run: Run, note: Callable[[str], None], *, needs_hub: bool = False) -> Iterator[None]:
+    """Prepares the process; the hub is asked once, and only if the run or the caller needs it."""
+    with working_on(run), contextlib.nullcontext() if needs_hub else hub_or_copies(run.plan.spec, note):
         yield

@@ -24,8 +24,8 @@ from forge_cli.run.folder import (
 )
 from forge_cli.run.preflight import advise_less, check_memory
 from forge_cli.run.process import check_packages, library_logs, prepare_process, trackers_in, translated_errors
-from forge_cli.run.ranks import Rank, SilentReporter, read_rank
-from forge_cli.run.reporter import PlainReporter, Reporter
+from forge_cli.run.ranks import Rank, read_rank
+from forge_cli.run.reporter import PlainReporter, Reporter, SilentReporter
 from forge_cli.run.resume import (
     ResumePoint,
     compare_plans,

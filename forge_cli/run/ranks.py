@@ -53,22 +53,6 @@ def read_rank() -> Rank:
     return Rank(number, count, local) if count > 1 else Rank()
 
 
-class SilentReporter:
-    """Says nothing: the first process speaks for all."""
-
-    def say(self, text: str) -> None:
-        """Says nothing."""
-
-    def start(self, num_steps: int) -> None:
-        """Shows nothing."""
-
-    def record(self, record: dict) -> None:
-        """Shows nothing."""
-
-    def finish(self) -> None:
-        """Has nothing to close."""
-
-
 def meet(rank: Rank, device: str) -> None:
     """Meets the other processes.
 

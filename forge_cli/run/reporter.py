@@ -218,6 +218,22 @@ class QuietReporter(PlainReporter):
             super().say(text)
 
 
+class SilentReporter:
+    """Says nothing: the first process speaks for all."""
+
+    def say(self, text: str) -> None:
+        """Says nothing."""
+
+    def start(self, num_steps: int) -> None:
+        """Shows nothing."""
+
+    def record(self, record: dict) -> None:
+        """Shows nothing."""
+
+    def finish(self) -> None:
+        """Has nothing to close."""
+
+
 def is_number(value: object) -> bool:
     """Tells whether a figure of a record is a finite number; a lost one is NaN, or text in a file."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -175,13 +175,18 @@ def read_records(path: Path) -> list[dict]:
         return []
     records = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
+        if (record := parse_record(line)) is not None:
             records.append(record)
     return records
+
+
+def parse_record(line: str | bytes) -> dict | None:
+    """Reads a line of ``metrics.jsonl``; ``None`` if it is no JSON object."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def compare_plans(before: Plan, now: Plan, allowed: Collection[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from forge_cli.run.folder import PAGE_FILE
 from forge_cli.units import format_bytes, format_duration
 
 _SHOWN_SAMPLES = 3
@@ -55,7 +56,7 @@ def render_summary(report: dict, folder: Path, program: str = "forge") -> str:
     for sample in report["samples"][:_SHOWN_SAMPLES]:
         lines += [f"  asked   {_shorten(sample['shown'])}", f"  before  {_shorten(sample['before'])}"]
         lines += [f"  after   {_shorten(sample['after'])}", ""]
-    lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {folder / _page(folder)}"]
+    lines += [f"{report['weights']:8} {folder / report['weights']}", f"report   {find_page(folder)}"]
     following = report["next"]
     if following.startswith("forge recipes") and report.get("method", {}).get("name", "reward") != "reward":
         lines.append(f"talk     {program} chat {shlex.quote(str(folder))}")
@@ -64,8 +65,10 @@ def render_summary(report: dict, folder: Path, program: str = "forge") -> str:
     return "\n".join([*lines, f"next     {following}"])
 
 
-def _page(folder: Path) -> str:
-    return "report.html" if (folder / "report.html").exists() else "report.md"
+def find_page(folder: Path) -> Path:
+    """Returns the page of a run; its Markdown twin where the page could not be written."""
+    page = folder / PAGE_FILE
+    return page if page.exists() else folder / "report.md"
 
 
 def _shorten(text: str) -> str:

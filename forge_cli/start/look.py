@@ -12,12 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from forge_cli.build.tokenizer import load_tokenizer
-from forge_cli.data.formats import find_kind
 from forge_cli.data.hub import hub_or_copies
-from forge_cli.data.read_row import Row
-from forge_cli.data.reading import find_files, read_file
 from forge_cli.data.row_tokens import Limits, RowTokenizer
-from forge_cli.data.scan import Scan, read_again, scan_rows
+from forge_cli.data.scan import Scan, find_method, read_again, scan_rows
 from forge_cli.errors import ConfigError, DataError, MachineError, ModelError
 from forge_cli.estimate.budget import Device
 from forge_cli.estimate.devices import choose_device
@@ -36,7 +33,6 @@ SAMPLE_ROWS = 5000
 _BATCH_ROWS = 64
 # What a run on the CPU may take of the computer's memory; the rest is the system's.
 _CPU_SHARE = 0.8
-_METHODS = {"preference": "dpo", "unpaired_preference": "kto"}
 
 
 class Rows(NamedTuple):
@@ -138,7 +134,7 @@ def look_at_rows(path: str, preset: str | None = None) -> Rows:
     Raises:
         DataError: There are none, or they cannot be used; says which and why.
     """
-    method = _METHODS.get(_find_kind(path), "sft")
+    method = find_method(path)
     if preset is not None:
         stand_ins = {"model": {"name": EMBEDDED_MODEL}, "data": {"train": QUICKSTART, "max_length": 128}}
         method = resolve_mapping({"preset": preset, **stand_ins}).spec.method
@@ -146,15 +142,6 @@ def look_at_rows(path: str, preset: str | None = None) -> Rows:
     scan = scan_rows("train", [Source(path=path)], data, method)
     name = re.sub(r"(train|rated)$", lambda end: {"train": "heldout"}.get(end[0], f"{end[0]}-heldout"), path)
     return Rows(path, name if name != path and find_embedded_data(name) else None, method, scan)
-
-
-def _find_kind(path: str) -> str:
-    """Tells the format of the first row that can be read; the whole scan judges the rest."""
-    for file in find_files(path):
-        for row in read_file(file):
-            if isinstance(row, Row):
-                return find_kind(tuple(row.values)) or ""
-    return ""
 
 
 def measure_rows(rows: Rows, model: str) -> Lengths:

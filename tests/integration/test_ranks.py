@@ -42,6 +42,7 @@ def test_two_processes_train_what_one_trains_with_twice_the_rows(tmp_path):
     reports = [json.loads((run / "report.json").read_text()) for run in runs]
     assert reports[0]["losses"] == pytest.approx(reports[1]["losses"], abs=1e-6)
     steps = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert sum("grad_norm" in record for record in steps[0]) == 4
     for one, other in zip(*steps, strict=True):
         for name in {"loss", "grad_norm", "tokens"} & one.keys():
             assert one[name] == pytest.approx(other[name], rel=1e-5), (one, other)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from forge_cli.errors import CheckpointError
-from forge_cli.results.average import _batch, _pad, average_tensors
+from forge_cli.results.average import average_tensors
 
 
 def save(folder, **tensors):
@@ -32,11 +32,3 @@ def test_checkpoints_of_other_shapes_are_refused(tmp_path):
     for number, other in enumerate(({"w": torch.ones(3)}, {"v": torch.ones(2)})):
         with pytest.raises(CheckpointError, match="holds other tensors"):
             average_tensors([one, save(tmp_path / f"a{number}", **other)])
-
-
-def test_rows_are_padded_apart_from_their_tokens():
-    rows = [{"ids": [5], "labels": [-100]}, {"ids": [6, 7], "labels": [-100, 7]}]
-    assert _pad(rows, "ids", 0).tolist() == [[5, 0], [6, 7]]
-    assert _pad(rows, None, 0).tolist() == [[1, 0], [1, 1]]
-    long = [{"ids": [1] * 1500, "labels": []}] * 2
-    assert [len(batch) for batch in _batch([*rows, *long])] == [2, 1, 1]
