@@ -54,7 +54,8 @@ Sources = Annotated[_One | Annotated[list[_Item], Field(min_length=1), Tag("list
 def list_sources(value: str | Source | list | None) -> list[Source]:
     """Returns what ``data.train`` or ``data.eval`` names as a list of sources."""
     items = value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-    return [one if isinstance(one, Source) else Source(path=one) for one in items]
+    # Nothing to check: the text was one of the choices of ``Sources``.
+    return [one if isinstance(one, Source) else Source.model_construct(path=one) for one in items]
 
 
 def write_sources(value: str | Source | list | None) -> object:
