@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from datasets import Dataset, IterableDataset
 
 from forge_cli.data.judging import refuse_losses
+from forge_cli.data.outcomes import Limits, Question
 from forge_cli.data.packing import pack_lengths
 from forge_cli.data.prepare import Say, TokenSet, fingerprint_data, identify_data, prepare_tokens
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport
-from forge_cli.data.row_tokens import Limits, Question, RowTokenizer
+from forge_cli.data.row_tokens import RowTokenizer
 from forge_cli.data.scan import Place, Scan, find_place, read_again, scan_rows
 from forge_cli.data.stream_order import BUFFER_BYTES, BUFFER_ROWS, mix_rows
 from forge_cli.errors import DataError

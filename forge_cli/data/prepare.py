@@ -13,10 +13,10 @@ from pathlib import Path
 
 from forge_cli.data.choosing import HELD_BACK, choose_rows
 from forge_cli.data.judging import judge_split
+from forge_cli.data.outcomes import Limits, Question
 from forge_cli.data.packing import count_sequences, count_steps
 from forge_cli.data.reading import DataFile, find_files, fingerprint_file
 from forge_cli.data.report import DataReport, SplitCounter, SplitReport, describe_both
-from forge_cli.data.row_tokens import Limits, Question
 from forge_cli.data.scan import Place, Scan, explain_change, find_place, read_again, scan_rows
 from forge_cli.data.store import TokenFolder, find_tokens, iterate_questions
 from forge_cli.data.tokenizing import tokenize_rows

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
+from forge_cli.data.outcomes import Columns, Outcome
 from forge_cli.data.repeats import RowDigests, find_in_both, find_repeats
-from forge_cli.data.row_tokens import Columns, Outcome
 from forge_cli.units import count_of
 
 LISTED_PLACES = 20

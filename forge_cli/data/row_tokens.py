@@ -6,81 +6,18 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import Literal, NamedTuple
 
+from forge_cli.data import long_rows
 from forge_cli.data.formats import Example, read_example
+from forge_cli.data.outcomes import Columns, Limits, Outcome, Question, Status
 from forge_cli.parts.labels import IGNORED, RenderedRow, Tokens
 from forge_cli.parts.rendering import Renderer
 from forge_cli.parts.turns import BREAK, RowError
 
-Columns = dict[str, object]
-Status = Literal["kept", "dropped", "cut", "split", "bad"]
 _NOTHING_ASKS = (
     "no token stands before the answer, as the prompt is empty and the tokenizer writes no begin token; give the row a "
     "prompt"
 )
-
-
-class Limits(NamedTuple):
-    """What becomes of rows.
-
-    Attributes:
-        kind: Format of the rows.
-        train_on: Which turns are trained.
-        max_length: Longest row, in tokens.
-        on_overlong: What to do with a longer one.
-    """
-
-    kind: str
-    train_on: str
-    max_length: int
-    on_overlong: str
-
-
-class Question(NamedTuple):
-    """A prompt and the answer that is wanted, for generation.
-
-    Attributes:
-        prompt: Token ids ``[T]`` up to where the model is to answer.
-        shown: The last thing the user said, for people.
-        wanted: The reference answer.
-    """
-
-    prompt: list[int]
-    shown: str
-    wanted: str
-
-
-class Outcome(NamedTuple):
-    """What became of one row.
-
-    Attributes:
-        number: Its number.
-        status: What was done with it.
-        columns: What is trained: one mapping from column to ids (``array``) per new row; empty if it was dropped.
-        length: Tokens before anything was cut.
-        trained: Trained tokens that are left.
-        is_lost: An answer lost tokens.
-        has_end: The last trained token ends an answer.
-        escaped: Texts of special tokens that were kept as text.
-        is_parted: Prompt and answer were tokenised apart, as a token would have held the border between them.
-        is_prompt_found: The row names no prompt; it is the text that both answers begin with.
-        question: For generation; only of evaluation rows that were not cut.
-        what: What is wrong with a bad row.
-    """
-
-    number: int
-    status: Status
-    columns: tuple[Columns, ...] = ()
-    length: int = 0
-    trained: int = 0
-    is_lost: bool = False
-    has_end: bool = False
-    escaped: int = 0
-    is_parted: bool = False
-    is_prompt_found: bool = False
-    question: Question | None = None
-    what: str = ""
 
 
 class RowTokenizer:
@@ -105,25 +42,25 @@ class RowTokenizer:
 
     def tokenize(self, rows: Sequence[tuple[int, Mapping[str, object], bool]]) -> list[Outcome]:
         """Tokenises rows, given as number, columns, and whether a question is wanted."""
-        prepared: list[tuple[Example, list[RenderedRow]] | RowError] = []
+        prepared: list[tuple[Example, list[RenderedRow], list[RenderedRow]] | RowError] = []
         for _, values, _ in rows:
             try:
                 example = read_example(values, self.limits.kind, self.has_template)
-                prepared.append((example, self._render(example)))
+                whole = self._render(example)
+                prepared.append((example, whole, long_rows.shorten(whole, self.limits)))
             except RowError as error:
                 prepared.append(error)
-        texts = [text for one in prepared if not isinstance(one, RowError) for text in one[1]]
+        texts = [text for one in prepared if not isinstance(one, RowError) for text in one[2]]
         tokens = iter(self.renderer.tokenize_each(texts))
         outcomes = []
         for (number, _, asks), one in zip(rows, prepared, strict=True):
             if isinstance(one, RowError):
                 outcomes.append(Outcome(number, "bad", what=str(one)))
                 continue
-            example, rendered = one
+            example, rendered, begun = one
             results = list(islice(tokens, len(rendered)))
-            fault = next((str(result) for result in results if isinstance(result, RowError)), "")
             try:
-                outcome = Outcome(number, "bad", what=fault) if fault else self._measure(number, example, results)
+                outcome = self._judge(number, example, rendered, begun, results)
             except RowError as error:
                 outcome = Outcome(number, "bad", what=str(error))
             if outcome.status == "kept" and asks:
@@ -135,6 +72,26 @@ class RowTokenizer:
             )
             outcomes.append(outcome)
         return outcomes
+
+    def _judge(
+        self,
+        number: int,
+        example: Example,
+        whole: list[RenderedRow],
+        begun: list[RenderedRow],
+        tokens: list[Tokens | RowError],
+    ) -> Outcome:
+        for one in tokens:
+            if isinstance(one, RowError):
+                raise one
+        if begun is not whole:
+            if long_rows.is_too_long(whole, begun, tokens, self.limits):
+                found = Outcome(number, "dropped")
+                if self.limits.on_overlong == "truncate" and long_rows.can_be_cut(tokens):
+                    found = self._measure(number, example, tokens)
+                return long_rows.complete(found, whole, begun, tokens, self.renderer.tokenizer)
+            tokens = list(self.renderer.tokenize(whole))
+        return self._measure(number, example, tokens)
 
     def _render(self, example: Example) -> list[RenderedRow]:
         """Renders what a row holds: one text, or the two of a pair."""

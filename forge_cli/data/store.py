@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
+from forge_cli.data.outcomes import Columns, Question
 from forge_cli.data.repeats import RowDigests
 from forge_cli.data.report import count_tokens
-from forge_cli.data.row_tokens import Columns, Question
 from forge_cli.errors import MachineError
 from forge_cli.paths import cache_root
 from forge_cli.units import MIB, format_bytes

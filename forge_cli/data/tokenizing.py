@@ -14,7 +14,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from forge_cli import faults
-from forge_cli.data.row_tokens import Limits, Outcome, RowTokenizer
+from forge_cli.data.outcomes import Limits, Outcome
+from forge_cli.data.row_tokens import RowTokenizer
 from forge_cli.errors import MemoryExceeded
 from forge_cli.parts.rendering import Renderer
 

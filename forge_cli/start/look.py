@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from forge_cli.build.tokenizer import load_tokenizer
 from forge_cli.data.hub import hub_or_copies
-from forge_cli.data.row_tokens import Limits, RowTokenizer
+from forge_cli.data.outcomes import Limits
+from forge_cli.data.row_tokens import RowTokenizer
 from forge_cli.data.scan import Scan, find_method, read_again, scan_rows
 from forge_cli.errors import ConfigError, DataError, MachineError, ModelError
 from forge_cli.estimate.budget import Device

@@ -4,6 +4,7 @@ The parent imports the libraries, starts no thread and runs nothing, so that a c
 Import this module before anything that starts threads; it needs a system that has ``fork``.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import os

@@ -65,6 +65,17 @@ def test_c05_one_row_of_50_mb(desk):
     assert first.startswith("error: rows.jsonl:4: the line is 50.0 MiB long, more than 16.0 MiB")
 
 
+def test_c05_a_row_of_a_million_tokens_is_not_made_of_them(desk):
+    write_rows("rows.jsonl", [*list_chats(3), chat("again", "0123456789" * 100_000)])
+    Path("run.yaml").write_text(
+        "model: {name: forge-tiny}\ndata: {train: rows.jsonl, max_length: 256, on_overlong: drop, max_lost_ratio: 1}\n"
+    )
+    code, peak_bytes, text = measure_peak_bytes("data", "check", "run.yaml")
+    assert code == 0, text
+    assert re.search(r"longest, before cutting +1,000,0\d\d\n", text), text
+    assert peak_bytes < 200 * MIB, "twice this if only the tokens of the answer were made"
+
+
 # C15, C16, C20: names that are no file.
 
 

@@ -11,7 +11,8 @@ from row_files import chat, prepare_rows, read_split, write_rows
 from transformers import AutoTokenizer
 
 from forge_cli.data.formats import COLUMNS, drop_nulls, find_kind, find_system, list_unused, read_example
-from forge_cli.data.row_tokens import Limits, RowTokenizer
+from forge_cli.data.outcomes import Limits
+from forge_cli.data.row_tokens import RowTokenizer
 from forge_cli.errors import DataError
 from forge_cli.parts.rendering import Renderer
 from forge_cli.parts.turns import RowError

@@ -8,8 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from forge_cli.data.conversation import split_texts
+from forge_cli.data.outcomes import Limits
 from forge_cli.data.report_text import list_notes
-from forge_cli.data.row_tokens import Limits, RowTokenizer
+from forge_cli.data.row_tokens import RowTokenizer
 from forge_cli.errors import DataError
 from forge_cli.parts.rendering import Renderer
 from forge_cli.paths import assets_root

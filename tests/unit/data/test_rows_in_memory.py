@@ -9,9 +9,9 @@ import pytest
 
 from forge_cli.data.bad_rows import BadRows
 from forge_cli.data.choosing import choose_rows
+from forge_cli.data.outcomes import Outcome
 from forge_cli.data.read_row import DataFile
 from forge_cli.data.report import SplitCounter, SplitReport
-from forge_cli.data.row_tokens import Outcome
 from forge_cli.data.scan import Place, Scan
 from forge_cli.data.tokenizing import BATCH_CHARACTERS, BATCH_ROWS, cut_batches
 from forge_cli.schema.data import DataSection, list_sources

@@ -9,7 +9,8 @@ from row_files import chat, list_chats, prepare_rows, read_split, write_rows
 from transformers import AutoTokenizer
 
 from forge_cli.data import tokenizing
-from forge_cli.data.row_tokens import Limits, RowTokenizer
+from forge_cli.data.outcomes import Limits
+from forge_cli.data.row_tokens import RowTokenizer
 from forge_cli.errors import DataError, MemoryExceeded
 from forge_cli.parts.rendering import Renderer
 from forge_cli.parts.turns import RowError
