@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_server import ask_llama_cpp
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -232,6 +233,32 @@ def test_a_gguf_file_reads_back_as_the_merged_model(trained, merged, tmp_path, f
         'PARAMETER stop "<|im_end|>"',
     ]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", "tiny.gguf"]
+
+
+def test_llama_cpp_answers_as_the_merged_model_does(trained, merged, tmp_path):
+    pytest.importorskip("xllamacpp")
+    exporting.export_run(Run(trained), "f16", tmp_path / "tiny.gguf")
+    model = AutoModelForCausalLM.from_pretrained(trained / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "merged")
+    asked, wanted = [], []
+    for text in ("Where does the delobin live?", "What colour is the otter?", "12345 ünïcödé, isn't it? 😀"):
+        turns = [{"role": "user", "content": text}]
+        prompt = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        (row,) = model.generate(prompt, max_new_tokens=24, do_sample=False, eos_token_id=3, pad_token_id=0)
+        answer = row[prompt.shape[1] :].tolist()
+        wanted.append((tokenizer.decode([one for one in answer if one != 3]), prompt.shape[1], 3 in answer))
+        asked.append(("chat", {"messages": turns, "max_tokens": 24}))
+    found = [
+        (
+            one["choices"][0]["message"]["content"],
+            one["usage"]["prompt_tokens"],
+            one["choices"][0]["finish_reason"] == "stop",
+        )
+        for one in ask_llama_cpp(tmp_path / "tiny.gguf", asked)
+    ]
+    assert found == wanted, "its own template, tokens, weights and end"
 
 
 def test_a_gguf_file_with_wrong_rows_is_caught(trained, merged, tmp_path, monkeypatch):

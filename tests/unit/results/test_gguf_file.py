@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llama_server import ask_llama_cpp
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from forge_cli.errors import ModelError
@@ -34,7 +35,7 @@ def save_model(config, folder: Path) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
+FAMILIES = pytest.mark.parametrize(
     "config",
     [
         LlamaConfig(**SHAPE, tie_word_embeddings=False, head_dim=24),
@@ -43,6 +44,9 @@ def save_model(config, folder: Path) -> torch.nn.Module:
     ],
     ids=lambda config: config.model_type,
 )
+
+
+@FAMILIES
 @pytest.mark.parametrize(("form", "allowed"), [("f32", 0.0), ("q8_0", 0.2)])
 def test_a_family_reads_back_with_its_logits(config, form, allowed, tmp_path):
     model = save_model(config, tmp_path / "model")
@@ -53,6 +57,21 @@ def test_a_family_reads_back_with_its_logits(config, form, allowed, tmp_path):
     with torch.inference_mode():
         wanted, got = model(ids).logits, read(ids).logits
     assert (wanted - got).abs().max() <= allowed * wanted.abs().max()
+
+
+@FAMILIES
+def test_llama_cpp_computes_what_transformers_computes(config, tmp_path):
+    pytest.importorskip("xllamacpp")
+    model, text = save_model(config, tmp_path), "the otter eats clams and 17 fish"
+    write_gguf(tmp_path, tmp_path / "x.gguf", "f32", name="x", end_token_ids=[3])
+    (answer,) = ask_llama_cpp(tmp_path / "x.gguf", [("text", {"prompt": text, "max_tokens": 1, "logprobs": 8})])
+    ids = AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"]
+    assert answer["usage"]["prompt_tokens"] == len(ids)
+    found = {one["id"]: one["logprob"] for one in answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]}
+    with torch.inference_mode():
+        wanted = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert found == pytest.approx({one: wanted[one].item() for one in found}, abs=0.02), "its cache is of 16 bits"
+    assert set(wanted.topk(3).indices.tolist()) <= set(found)
 
 
 @pytest.mark.parametrize(
