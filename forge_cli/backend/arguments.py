@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def build_arguments(
     Args:
         kind: TRL's class of arguments.
         spec: The resolved run file.
-        output_dir: Folder of the checkpoints.
+        output_dir: Folder of the checkpoints, inside that of the run.
         compute_dtype: Format of the forward and backward pass.
         device: ``cpu``, ``cuda:0`` or ``mps``.
         has_eval: Whether there are evaluation rows.
@@ -39,6 +40,9 @@ def build_arguments(
     values: dict[str, object] = {
         **shared_fields(spec, compute_dtype=compute_dtype, device=device),
         "output_dir": str(output_dir),
+        # What trackers call the run; they would invent a name.
+        "run_name": output_dir.parent.name,
+        "project": os.environ.get("TRACKIO_PROJECT", "forge"),
         "data_seed": spec.seed,
         "logging_first_step": True,
         "disable_tqdm": True,

@@ -14,6 +14,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from forge_cli.backend.guarding import GuardedTrainer
 from forge_cli.backend.splitting import SplittingTrainer
 from forge_cli.backend.stopping import StoppableTrainer
+from forge_cli.backend.trackers import guard_trackers
 from forge_cli.errors import MachineError
 from forge_cli.parts.ema import EMACallback
 from forge_cli.parts.keeper import Stateful
@@ -227,4 +228,5 @@ def construct_trainer(
             **parts,
         )
     trainer.remove_callback(PrinterCallback)
+    guard_trackers(trainer, monitor)
     return trainer

@@ -30,8 +30,13 @@ _LESS_MEMORY = (
 )
 _TRACKERS = {
     "tensorboard": {"TENSORBOARD_LOGGING_DIR": "{}/tensorboard"},
-    "wandb": {"WANDB_DIR": "{}", "WANDB_SILENT": "true"},
-    "mlflow": {"MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db", "MLFLOW_DISABLE_TELEMETRY": "true"},
+    "wandb": {"WANDB_DIR": "{}", "WANDB_SILENT": "true", "WANDB_PROJECT": "forge"},
+    "mlflow": {
+        "MLFLOW_TRACKING_URI": "sqlite:///{}/mlflow.db",
+        "MLFLOW_EXPERIMENT_NAME": "forge",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_LOGGING_LEVEL": "WARNING",
+    },
     "trackio": {"TRACKIO_DIR": "{}/trackio"},
 }
 
