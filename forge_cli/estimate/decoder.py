@@ -157,19 +157,12 @@ class Layer:
         residual = hidden_states
         hidden_states = self.norm("input", hidden_states)
         attn_output, _ = self.attention(hidden_states, reading)
-        attn_output = self._drop_out(attn_output)
+        attn_output = self.ops.drop_tenth(attn_output)
         hidden_states = self.ops.add(attn_output, residual)
         residual = hidden_states
         hidden_states = self.norm("before feed-forward", hidden_states)
-        feed_forward_hidden_states = self._drop_out(self.feed_forward(hidden_states))
+        feed_forward_hidden_states = self.ops.drop_tenth(self.feed_forward(hidden_states))
         return self.ops.add(residual, feed_forward_hidden_states)
-
-    def _drop_out(self, x: Tensor) -> Tensor:
-        """GPT-2's published models drop a tenth of both halves' output in training.
-
-        On the CPU dropout moves attention off the fused kernel, which is not written down here.
-        """
-        return self.ops.dropout(x, 0.1) if self.ops.formats.cuda and self.ops.tape.grad_enabled else x
 
     def _run_phi(self, hidden_states: Tensor, reading: Reading) -> Tensor:
         ops, residual = self.ops, hidden_states

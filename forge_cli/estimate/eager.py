@@ -50,7 +50,13 @@ def run_eager(
         attn_weights = ops.scale(attn_weights)
     attn_weights = ops.add(attn_weights, mask)
     if sinks is not None:
-        attn_weights = _join_sinks(ops, attn_weights, sinks, heads)
+        # A column per head that takes up probability, and is dropped again.
+        rows, numel = heads.batch * heads.queries * heads.length, attn_weights.numel
+        combined_logits = ops.join([attn_weights, ops.expand(sinks, rows)])
+        combined_logits = _subtract_highest(ops, combined_logits, rows)
+        probs = ops.unary(combined_logits, saves_output=True)
+        scores = ops.slice(probs, numel)
+        attn_weights = ops.cast(scores, value.itemsize)
     elif style == "gpt2":
         attn_weights = ops.unary(ops.to_full(attn_weights), saves_output=True)
     else:
@@ -113,15 +119,6 @@ def _scale_in_place(ops: Operations, x: Tensor) -> Tensor:
     numel, size = x.numel, x.itemsize
     (y,) = ops.tape.apply((x,), [(numel, size)], lambda g: [ops.new(numel, size)], view_of=x)
     return y
-
-
-def _join_sinks(ops: Operations, attn_weights: Tensor, sinks: Tensor, heads: Heads) -> Tensor:
-    """A column per head that takes up probability, and is dropped again."""
-    rows, numel = heads.batch * heads.queries * heads.length, attn_weights.numel
-    combined_logits = ops.join([attn_weights, ops.expand(sinks, rows)])
-    combined_logits = _subtract_highest(ops, combined_logits, rows)
-    probs = ops.unary(combined_logits, saves_output=True)
-    return ops.slice(probs, numel)
 
 
 def _subtract_highest(ops: Operations, x: Tensor, rows: int) -> Tensor:

@@ -111,6 +111,13 @@ class Operations:
         (y,) = self.tape.apply((x,), [(x.numel, x.itemsize)], lambda g: [self._like(g[0])], (mask,))
         return y
 
+    def drop_tenth(self, x: Tensor) -> Tensor:
+        """What GPT-2's published models drop in training: of the embeddings, and of the output of each half of a layer.
+
+        On the CPU dropout moves attention off the fused kernel, which is not written down here.
+        """
+        return self.dropout(x, 0.1) if self.formats.cuda and self.tape.grad_enabled else x
+
     def mean_last(self, x: Tensor, width: int) -> Tensor:
         """``x.mean(-1, keepdim=True)``."""
         numel = x.numel

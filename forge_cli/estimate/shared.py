@@ -85,7 +85,8 @@ def embed(
     if positions is None:
         return inputs_embeds, (inputs_embeds,)
     position_embeds = _look_up(ops, positions, setting.sequence_length * facts.hidden_size)
-    return ops.add(inputs_embeds, position_embeds), (inputs_embeds, position_embeds)
+    hidden_states = ops.drop_tenth(ops.add(inputs_embeds, position_embeds))
+    return hidden_states, (inputs_embeds, position_embeds)
 
 
 def _look_up(ops: Operations, table: Tensor, numel: int) -> Tensor:
