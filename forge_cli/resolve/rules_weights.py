@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 
 from forge_cli.facts.families import find_family
 from forge_cli.facts.layer_count import count_frozen_layers, read_share
@@ -66,6 +67,25 @@ def _check_frozen_count(first: int | str, num_layers: int) -> Iterator[Clash]:
         yield Clash(paths, what, f"write at most {num_layers - 1}")
     elif frozen == 0:
         yield Clash(paths, f"{first} of {num_layers} layers is less than one layer", "freeze more, or write a count")
+
+
+def check_frozen_patterns(scene: Scene) -> Iterator[Clash]:
+    """Every pattern matches a module of the model; judged where Forge knows all of them."""
+    freeze, facts = scene.spec.freeze, scene.facts
+    if freeze is None or facts is None or facts.num_other_parameters or find_family(facts) is None:
+        return
+    # What adapters bring along has names of its own.
+    patterns = [one for one in freeze.patterns if not any(part in one for part in ("lora_", "base_", "modules_to_"))]
+    names = {"lm_head": None, "score": None}
+    for _, weight in iterate_weights(facts) if patterns else ():
+        parts = weight.module.split(".")
+        names |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    strangers = [one for one in patterns if not any(fnmatchcase(name, one) for name in names)]
+    if strangers:
+        longest = max(names, key=lambda name: name.count("."))
+        what = f"{', '.join(map(printable, strangers))} matches no module of {printable(scene.spec.model.name)}"
+        fix = f"names of modules look like {longest}; * stands for any text"
+        yield Clash(("freeze.patterns", "model.name"), what, fix, why="a pattern that matches nothing freezes nothing")
 
 
 def check_frozen_embeddings(scene: Scene) -> Iterator[Clash]:
@@ -156,6 +176,7 @@ def check_number_formats(scene: Scene) -> Iterator[Clash]:
 WEIGHT_RULES = (
     refuse_quantised_training,
     check_freeze,
+    check_frozen_patterns,
     check_frozen_embeddings,
     check_lora_targets,
     check_target_names,

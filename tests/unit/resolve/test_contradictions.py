@@ -27,6 +27,7 @@ CLASHES = [
     (MODEL + DATA + "freeze: {first: 1%}\n", "3:10 freeze.first", ["less than one layer"]),
     (HUB.replace("org/name", "gpt2") + DATA + "freeze: {first: 12}\n", "3:10 freeze.first", ["all 12 layers", "11"]),
     (MODEL + DATA + 'freeze: {patterns: ["*"]}\n', "3:10 freeze.patterns", ["whole model"]),
+    (MODEL + DATA + 'freeze: {patterns: ["*.mpl.*"]}\n', "3:10 freeze.patterns", ["*.mpl.* matches no", "q_proj"]),
     (MODEL + DATA + "lora: {}\nfreeze: {first: 50%, embeddings: true}\n", "4:22 freeze.embeddings", ["no effect"]),
     (
         MODEL + DATA + "lora: {modules_to_save: [embed_tokens]}\nfreeze: {first: 50%, embeddings: true}\n",
@@ -164,6 +165,8 @@ FINE = [
     "lora: {}\nfreeze: {first: 50%}\n",
     "lora: {modules_to_save: [embed_tokens]}\nfreeze: {first: 1, embeddings: false}\n",
     "freeze: {embeddings: true}\n",
+    'freeze: {patterns: ["*.mlp.*", lm_head, model.norm, "model.layers.[01]"]}\n',
+    'lora: {}\nfreeze: {patterns: ["*.lora_A.*"]}\n',
     "freeze: {first: 1, embeddings: false}\n",
     "lora: {init_lora_weights: orthogonal, r: 8, use_dora: true}\n",
     "model: {name: forge-tiny, dtype: float16}\nlora: {}\ntraining: {precision: fp16}\n",
