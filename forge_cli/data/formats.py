@@ -132,7 +132,7 @@ def read_example(row: Mapping[str, object], kind: str, has_template: bool = True
 
         try:
             tools = json.loads(tools)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError("tools is not JSON") from None
     options = row.get("chat_template_kwargs") or {}
     if tools and not (isinstance(tools, list) and all(isinstance(one, Mapping) for one in tools)):

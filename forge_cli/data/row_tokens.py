@@ -58,7 +58,7 @@ class RowTokenizer:
                 outcomes.append(Outcome(number, "bad", what=str(one)))
                 continue
             example, rendered, begun = one
-            results = list(islice(tokens, len(rendered)))
+            results = list(islice(tokens, len(begun)))
             try:
                 outcome = self._judge(number, example, rendered, begun, results)
             except RowError as error:
@@ -84,7 +84,9 @@ class RowTokenizer:
         for one in tokens:
             if isinstance(one, RowError):
                 raise one
-        if begun is not whole:
+        if not begun and whole:
+            tokens = [long_rows.tokenize_in_pieces(whole[0], self.renderer)]
+        elif begun is not whole:
             if long_rows.is_too_long(whole, begun, tokens, self.limits):
                 found = Outcome(number, "dropped")
                 if self.limits.on_overlong == "truncate" and long_rows.can_be_cut(tokens):

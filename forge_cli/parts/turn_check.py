@@ -35,6 +35,6 @@ def _read_arguments(call: object, number: int) -> dict[str, object]:
     if isinstance(arguments, str):
         try:
             function = {**function, "arguments": json.loads(arguments)}
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RowError(f"turn {number} has a tool call whose arguments are not JSON") from None
     return {**call, "function": function} if "function" in call else dict(function)

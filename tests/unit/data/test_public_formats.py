@@ -14,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 from transformers.utils import get_json_schema
 
+from forge_cli.errors import DataError
 from forge_cli.paths import assets_root
 
 END = "<|im_end|>"
@@ -275,3 +276,15 @@ def test_a_begin_token_is_written_once_and_belongs_to_the_prompt(tmp_path):
     (row,) = prepare(tokenizer, path, [{"chosen": "blue", "rejected": "green"}], "dpo")
     assert row["prompt_ids"] == [number]
     assert [row["chosen_ids"], row["rejected_ids"]] == [encode(tokenizer, one + END) for one in ("blue", "green")]
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 20_000])
+def test_what_is_to_be_json_and_is_not_is_a_bad_row(tokenizer, tmp_path, text):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": text}]}
+    rows = [
+        {"prompt": "a", "completion": "b", "tools": text},
+        {"messages": [{"role": "user", "content": "a"}, call]},
+    ]
+    for row, what in zip(rows, ("tools is not JSON", "arguments are not JSON"), strict=True):
+        with pytest.raises(DataError, match=what):
+            prepare(tokenizer, tmp_path / "rows.jsonl", [row], "sft")
