@@ -10,7 +10,7 @@ help:
 	@echo "make test        the whole test suite"
 	@echo "make real        train a real 135M model on real conversations, offline (under 10 minutes, 2 cores)"
 	@echo "make tiny-base   rebuild the embedded model from random weights"
-	@echo "make chaos       kills, signals, NaN, full disks, races, fuzzing: docs/reliability.md (two hours)"
+	@echo "make chaos       kills, signals, NaN, full disks, races, fuzzing: docs/reliability.md (70 minutes)"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make clean       remove build, dist and $(VENV)"
 	@echo "make bench       start-up times, the cost of EMA and monitor, speed of reading rows"

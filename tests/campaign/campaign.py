@@ -1,6 +1,6 @@
 """The whole campaign: every script in turn, one table at the end; with --write it goes into docs/reliability.md.
 
-make chaos            (two hours on two cores, 30 minutes of which are fuzzing)
+make chaos            (70 minutes on two cores, 30 minutes of which are fuzzing)
 python tests/campaign/campaign.py --only kills,nan --write
 """
 
