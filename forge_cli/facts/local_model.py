@@ -51,10 +51,18 @@ def read_local_model(folder: Path, name: str) -> ModelFacts:
 
 
 def _read_config(config_file: Path) -> dict[str, Any]:
+    folder = config_file.parent
     if not config_file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                "the folder holds a LoRA adapter, not a model",
+                where=str(folder),
+                why="adapters go on top of the model they were trained with",
+                fix=f"write model.adapter: {folder}, and the adapter's base as model.name",
+            )
         raise ModelError(
             "the folder holds no config.json",
-            where=str(config_file.parent),
+            where=str(folder),
             why="a model folder has config.json, tokenizer files and *.safetensors",
             fix="give a folder written by save_pretrained, a hub name (org/name) or an alias (forge models list)",
         )

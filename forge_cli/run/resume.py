@@ -11,6 +11,7 @@ from pathlib import Path
 
 from forge_cli.checkpoints.store import Checkpoint, CheckpointStore, refuse_broken, verify
 from forge_cli.errors import CheckpointError, ConfigError, DataError, MachineError, Problem
+from forge_cli.resolve.effect import find_idle
 from forge_cli.resolve.plan import Plan
 from forge_cli.run.folder import RUN_FILE, RunFolder, recover_run
 from forge_cli.run.ranks import Rank, meet
@@ -76,11 +77,13 @@ def find_resume_point(folder: RunFolder, *, require_latest: bool = False) -> Res
         MachineError: The run is finished.
     """
     if folder.read_facts().get("finished"):
+        key = "model.adapter" if (folder.path / "adapter").is_dir() else "model.name"
         raise MachineError(
             "this run is finished: nothing is left to do",
             where=str(folder.path),
-            why="a resumed run would train no step",
-            fix="start a new run, which may begin with this one's weights",
+            why="its schedule has come to its end, and more steps are another run",
+            fix="start a new run that begins with its weights: forge train RUN.yaml --set name=NEW "
+            f"--set {key}={folder.path / key.rpartition('.')[2].replace('name', 'model')}",
         )
     store = CheckpointStore(folder.checkpoints, folder.run_id)
     store.clear_leftovers()
@@ -204,7 +207,9 @@ def compare_plans(before: Plan, now: Plan, allowed: Collection[str]) -> list[str
         ConfigError: Others differ; names all of them.
     """
     was, new = (flatten_keys(plan.spec.model_dump(mode="json")) for plan in (before, now))
-    changed = [path for path in sorted(was.keys() | new.keys()) if was.get(path) != new.get(path)]
+    # A plan on disk leaves out what has no effect, so such a key would come back as the schema's default.
+    idle = find_idle(before.spec).keys() & find_idle(now.spec).keys()
+    changed = [path for path in sorted(was.keys() | new.keys()) if was.get(path) != new.get(path) and path not in idle]
     notes, problems = [], []
     for path in changed:
         words = f"was {json.dumps(was.get(path))} and is {json.dumps(new.get(path))}"

@@ -13,8 +13,10 @@ import pytest
 import yaml
 
 from forge_cli.errors import CheckpointError, ConfigError, DataError, MachineError
+from forge_cli.resolve.plan import dump_plan, read_plan, resolve_mapping
 from forge_cli.run.execute import Resuming, resume_run, train
 from forge_cli.run.reporter import QuietReporter
+from forge_cli.run.resume import compare_plans
 
 STEPS, EVERY = 6, 2
 FILES = ("weights.safetensors", "optimizer.safetensors", "ema.safetensors", "rng-0.json")
@@ -127,7 +129,7 @@ def test_only_what_is_left_is_done_when_all_steps_are(straight, tmp_path):
 
 
 def test_a_finished_run_is_not_resumed(straight):
-    with pytest.raises(MachineError, match="finished"):
+    with pytest.raises(MachineError, match=r"finished.*model\.adapter=.*adapter"):
         resume_run(straight, reporter=QuietReporter())
 
 
@@ -148,6 +150,19 @@ def test_changed_settings_are_all_named_and_refused_until_allowed(straight, tmp_
     with pytest.raises(CheckpointError, match="lora_A"):
         how = Resuming(allowed_changes=("lora", "training.learning_rate"))
         resume_run(run, changes, how=how, reporter=QuietReporter())
+
+
+def test_a_setting_without_effect_is_no_change(tmp_path):
+    written = {"model": {"name": "forge-tiny"}, "data": {"train": "forge:preference/train"}, "preset": "dpo"}
+    now = resolve_mapping({**written, "training": {"max_steps": 6}})
+    folder = tmp_path / "plan.yaml"
+    folder.write_text(dump_plan(resolve_mapping({**written, "training": {"max_steps": 4}})))
+    before = read_plan(folder)
+    assert before.spec.training.num_train_epochs != now.spec.training.num_train_epochs, "the file leaves it out"
+    assert compare_plans(before, now, ["training.max_steps"])
+    with pytest.raises(ConfigError) as error:
+        compare_plans(before, now, [])
+    assert [problem.path for problem in error.value.problems] == ["training.max_steps"]
 
 
 def test_a_harmless_change_is_listed_and_changes_no_bit(straight, tmp_path):

@@ -120,6 +120,7 @@ def test_weight_files_say_how_many_weights_there_are(tmp_path):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
+        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "holds a LoRA adapter"),
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "cut off"),
         (lambda f: (f / "config.json").write_text("[1]"), "no mapping"),
