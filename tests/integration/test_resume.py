@@ -153,7 +153,11 @@ def test_changed_settings_are_all_named_and_refused_until_allowed(straight, tmp_
 
 
 def test_a_setting_without_effect_is_no_change(tmp_path):
-    written = {"model": {"name": "forge-tiny"}, "data": {"train": "forge:preference/train"}, "preset": "dpo"}
+    written = {
+        "model": {"name": "forge-tiny"},
+        "data": {"train": "forge:preference/train", "max_length": 128},
+        "preset": "dpo",
+    }
     now = resolve_mapping({**written, "training": {"max_steps": 6}})
     folder = tmp_path / "plan.yaml"
     folder.write_text(dump_plan(resolve_mapping({**written, "training": {"max_steps": 4}})))
