@@ -74,4 +74,5 @@ def find_page(folder: Path) -> Path:
 def _shorten(text: str) -> str:
     """Fits a text on one line; control characters of a data row must not reach the terminal."""
     shown = "".join(c if c.isprintable() else " " for c in text).strip()
+    shown = shown or "(nothing)"
     return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."

@@ -56,8 +56,9 @@ def test_after_ones_own_model_comes_a_conversation_and_a_folders_name_stays(tmp_
         "peak_memory_bytes": 1,
         "peak_memory_of": "GPU",
         "estimated_memory_bytes": None,
-        "samples": [],
+        "samples": [{"shown": "Say 1.", "before": " \n", "after": "1"}],
         "weights": "adapter",
     }
     shown = [render_summary({**report, "next": one}, tmp_path, ".venv/bin/forge") for one in (line, "less x")]
     assert [one.splitlines()[-1].split(maxsplit=1)[1] for one in shown] == [".venv/bin/" + line, "less x"]
+    assert "  asked   Say 1.\n  before  (nothing)\n  after   1\n" in shown[0]
