@@ -23,8 +23,8 @@ IMPORT_SECONDS = 60  # of a busy machine, for the cases that load everything
 MOST_MEMORY_MB = 300
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _PATHS = {"os.mkdir": 1, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "os.link": 2, "os.symlink": 2, "os.truncate": 1}
-# What doctor asks torch with, and what matplotlib lists fonts with.
-_PROGRAMS = (sys.executable, "fc-list")
+# What doctor asks torch and the driver with, and what matplotlib lists fonts with.
+_PROGRAMS = (sys.executable, "nvidia-smi", "fc-list")
 _NEVER = ("socket.connect", "socket.getaddrinfo", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 
 
