@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from forge_cli.facts.families import find_family
 from forge_cli.facts.parameter_count import list_linear_paths
 from forge_cli.facts.shape import ModelFacts
-from forge_cli.facts.weights import is_named, iterate_weights, layer_prefix, list_outer_weights
+from forge_cli.facts.weights import is_named, iterate_weights, layer_prefix, list_holders, list_outer_weights
 
 if TYPE_CHECKING:
     from forge_cli.schema.adapter import FreezeSection, LoraSection
@@ -155,8 +155,7 @@ def _is_frozen(facts: ModelFacts, module: str, freeze: FreezeSection | None, who
     is_embedding = module == embedding or module.startswith(f"{embedding}.")
     if is_embedding and freezes_embeddings(freeze, whole):
         return True
-    parts = module.split(".")
-    names = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+    names = list_holders(module)
     if module == embedding and facts.tie_word_embeddings:
         names.append("lm_head")
     return any(fnmatchcase(name, pattern) for pattern in freeze.patterns for name in names)

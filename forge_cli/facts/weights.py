@@ -104,6 +104,12 @@ def is_named(module: str, names: Collection[str]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
+def list_holders(module: str) -> list[str]:
+    """Lists the names that a pattern may hit a module by: those of all modules it is in, and its own."""
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
 def attention_widths(facts: ModelFacts) -> tuple[int, int]:
     """Returns the widths of all query heads and of all key heads."""
     return facts.num_attention_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim

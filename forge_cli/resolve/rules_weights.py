@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from forge_cli.facts.families import find_family
 from forge_cli.facts.layer_count import count_frozen_layers, read_share
-from forge_cli.facts.weights import is_named, iterate_weights
+from forge_cli.facts.weights import is_named, iterate_weights, list_holders
 from forge_cli.resolve.scene import Clash, Scene
 from forge_cli.resolve.wording import printable, show
 
@@ -78,8 +78,7 @@ def check_frozen_patterns(scene: Scene) -> Iterator[Clash]:
     patterns = [one for one in freeze.patterns if not any(part in one for part in ("lora_", "base_", "modules_to_"))]
     names = {"lm_head": None, "score": None}
     for _, weight in iterate_weights(facts) if patterns else ():
-        parts = weight.module.split(".")
-        names |= dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        names |= dict.fromkeys(list_holders(weight.module))
     strangers = [one for one in patterns if not any(fnmatchcase(name, one) for name in names)]
     if strangers:
         longest = max(names, key=lambda name: name.count("."))

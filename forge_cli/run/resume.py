@@ -77,13 +77,13 @@ def find_resume_point(folder: RunFolder, *, require_latest: bool = False) -> Res
         MachineError: The run is finished.
     """
     if folder.read_facts().get("finished"):
-        key = "model.adapter" if (folder.path / "adapter").is_dir() else "model.name"
+        kind, key = ("adapter", "adapter") if (folder.path / "adapter").is_dir() else ("model", "name")
         raise MachineError(
             "this run is finished: nothing is left to do",
             where=str(folder.path),
             why="its schedule has come to its end, and more steps are another run",
             fix="start a new run that begins with its weights: forge train RUN.yaml --set name=NEW "
-            f"--set {key}={folder.path / key.rpartition('.')[2].replace('name', 'model')}",
+            f"--set model.{key}={folder.path / kind}",
         )
     store = CheckpointStore(folder.checkpoints, folder.run_id)
     store.clear_leftovers()

@@ -37,8 +37,11 @@ if importlib.util.find_spec("flash_attn"):
         say(flash_attn=getattr(flash_attn, "__version__", "?"))
     except BaseException as error:
         say(flash_attn="error: " + describe(error))
-if importlib.util.find_spec("bitsandbytes"):
+if found := importlib.util.find_spec("bitsandbytes"):
     try:
+        # Only what loads the native library: the package itself imports torch's compiler, three seconds.
+        package = sys.modules["bitsandbytes"] = type(sys)("bitsandbytes")
+        package.__path__ = list(found.submodule_search_locations)
         from bitsandbytes.cextension import lib
         kind = type(lib).__name__
         broken = "Mock" in kind or lib is None

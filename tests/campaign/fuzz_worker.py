@@ -129,9 +129,7 @@ def run_batch(cases: list[dict], watch: Watch) -> list[dict]:
             shared_mb = parent_mb - read_memory_mb("VmRSS")
             with os.fdopen(writer, "w") as pipe:
                 for case in cases[len(outcomes) :]:
-                    # It imports torch and bitsandbytes in a process of its own: 4.5 s, whatever it is given.
-                    limit = IMPORT_SECONDS if "doctor" in case["args"] else CASE_SECONDS
-                    outcome = run_case(case, watch, shared_mb, limit)
+                    outcome = run_case(case, watch, shared_mb)
                     pipe.write(json.dumps(outcome) + "\n")
                     pipe.flush()
                     if outcome["wrong"]:
