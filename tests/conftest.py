@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,9 @@ import pytest
 
 # Before anything imports torch: no network, no telemetry.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+# A job in the background begins with Ctrl-C ignored, and so would all that the tests start and press it for.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tokens that are kept from one test to the next, but never from one session to the next.
 os.environ["FORGE_CACHE"] = tempfile.mkdtemp(prefix="forge-cache-")
 atexit.register(shutil.rmtree, os.environ["FORGE_CACHE"], ignore_errors=True)

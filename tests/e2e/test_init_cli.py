@@ -32,7 +32,7 @@ def talk(folder: Path, answers: list[str], *arguments: str) -> tuple[int, str]:
         os.environ["COLUMNS"] = "80"
         os.execv(sys.executable, [*COMMAND, *arguments])
     screen, ends = b"", time.monotonic() + SECONDS
-    asked = 0
+    asked, pressed_at = 0, float("inf")
     while time.monotonic() < ends:
         if select.select([terminal], [], [], 0.1)[0]:
             try:
@@ -42,8 +42,13 @@ def talk(folder: Path, answers: list[str], *arguments: str) -> tuple[int, str]:
             if not read:
                 break
             screen += read
+        # readline looks for signals when a key comes: one that strikes while it shows its prompt waits for the next.
+        if time.monotonic() > pressed_at + 5:
+            os.write(terminal, b"\x03")
+            pressed_at = time.monotonic()
         if answers and screen.endswith(b"]: ") and len(screen) > asked:
             asked = len(screen) + len(answers[0])
+            pressed_at = time.monotonic() if answers[0] == "\x03" else pressed_at
             os.write(terminal, answers.pop(0).encode())
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), screen.decode()
